@@ -1,0 +1,1 @@
+"""The Ray edge: the only package that imports ray."""

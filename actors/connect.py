@@ -1,0 +1,54 @@
+"""A Ray cluster to run on: the one we are a job of, the one at an address, or a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from pathlib import Path
+
+LOCAL = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every listener on loopback
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_preload_python_modules": "torch,transformers,peft",
+}
+ALWAYS = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an edge without GPU sees none
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def connect(address: str | None) -> bool:
+    """Connects this process to Ray; True if the cluster is ours to end. Raises ConnectionError with the remedy.
+
+    Without an address, and outside a job, a cluster is started on this machine, on loopback, with a token that only
+    this process and its workers know. With an address the working directory's code is shipped; inside a job the job's
+    own `--working-dir` does that.
+    """
+    for key, value in ALWAYS.items():
+        os.environ.setdefault(key, value)
+    address = address or os.environ.get("RAY_ADDRESS")
+    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if not address or address == "local":
+        for key, value in LOCAL.items():
+            os.environ.setdefault(key, value)
+        if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    if ray.is_initialized():
+        return False
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if not address or address == "local":
+            ray.init(address="local", include_dashboard=False, **quiet)
+            return True
+        code = None if inside_job else {"working_dir": str(Path(__file__).resolve().parent.parent)}
+        ray.init(address=None if inside_job else address, runtime_env=code, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        mode = os.environ.get("RAY_AUTH_MODE", "unset")
+        raise ConnectionError(
+            f"fleet.address: no Ray cluster at {address!r}: {error} "
+            f"(RAY_AUTH_MODE is {mode}; it must be that of the cluster)"
+        ) from error
+    return False

@@ -1,0 +1,102 @@
+"""Where edges can run: pure functions from profiles and nodes to options and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedpipe_ray.settings import Profile
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a cluster: its resources in total and its labels."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+
+def demand(profile: Profile) -> dict[str, float]:
+    """What Ray must reserve for an edge, by resource name."""
+    wanted = {"CPU": profile.cpus, "GPU": profile.gpus, "memory": float(profile.memory_bytes or 0), **profile.resources}
+    return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def actor_options(name: str, profile: Profile) -> dict[str, Any]:
+    """Options of the Ray actor of an edge: its resources, labels and name."""
+    options: dict[str, Any] = {"num_cpus": profile.cpus, "num_gpus": profile.gpus, "resources": dict(profile.resources)}
+    if profile.memory_bytes:
+        options["memory"] = profile.memory_bytes
+    if profile.labels:
+        options["label_selector"] = dict(profile.labels)
+    return options
+
+
+def unplaceable(profiles: Mapping[str, Profile], nodes: Sequence[Node]) -> list[str]:
+    """A line for every edge that finds no room, largest edges placed first; empty if all fit together.
+
+    First fit over whole nodes: an edge never spans two. What other jobs use at the moment is not looked at.
+    """
+    left = [dict(node.resources) for node in nodes]
+    lines = []
+    for name, profile in sorted(profiles.items(), key=lambda item: _size(item[1]), reverse=True):
+        wanted = demand(profile)
+        fitting = [i for i, node in enumerate(nodes) if _labelled(node, profile)]
+        place = next((i for i in fitting if all(left[i].get(k, 0.0) + 1e-9 >= v for k, v in wanted.items())), None)
+        if place is None:
+            lines.append(_refusal(name, profile, wanted, nodes, [nodes[i] for i in fitting]))
+            continue
+        for key, amount in wanted.items():
+            left[place][key] -= amount
+    return lines
+
+
+def _size(profile: Profile) -> tuple[float, float, float]:
+    return (profile.gpus, profile.cpus, float(profile.memory_bytes or 0))
+
+
+def _labelled(node: Node, profile: Profile) -> bool:
+    return all(node.labels.get(key) == value for key, value in profile.labels.items())
+
+
+def _refusal(
+    name: str, profile: Profile, wanted: Mapping[str, float], nodes: Sequence[Node], fitting: Sequence[Node]
+) -> str:
+    """Which demand of an edge is too much, what there is, and what to change."""
+    if not fitting:
+        there = sorted(
+            {f"{k}={v}" for node in nodes for k, v in node.labels.items() if not k.startswith("ray.io/node-id")}
+        )
+        return f"edge {name}: no node has labels {_pairs(profile.labels)}; there are {', '.join(there) or 'none'}"
+    for key, amount in wanted.items():
+        most = max(node.resources.get(key, 0.0) for node in fitting)
+        if amount > most + 1e-9:
+            return (
+                f"edge {name}: {_key(key)} {_amount(key, amount)} is more than any node has ({_amount(key, most)}); "
+                "lower it in its profile, or add such a node"
+            )
+    offer = {key: sum(node.resources.get(key, 0.0) for node in fitting) for key in wanted}
+    return (
+        f"edge {name}: no room left for {_listed(wanted)} beside the other edges; "
+        f"the {len(fitting)} node(s) offer {_listed(offer)} in all; "
+        "lower the profiles, use fewer edges, or fleet.ray=false"
+    )
+
+
+def _listed(amounts: Mapping[str, float]) -> str:
+    return ", ".join(f"{_key(key)} {_amount(key, amount)}" for key, amount in amounts.items())
+
+
+def _key(resource: str) -> str:
+    return {"CPU": "cpus", "GPU": "gpus", "memory": "memory_bytes"}.get(resource, f"resources.{resource}")
+
+
+def _amount(resource: str, amount: float) -> str:
+    return f"{amount / GIB:.2f} GiB" if resource == "memory" else f"{amount:g}"
+
+
+def _pairs(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())

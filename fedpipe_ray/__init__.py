@@ -1,0 +1,25 @@
+"""Federated parameter-efficient fine-tuning of language models over unequal edge servers.
+
+Names load on first use, so that `import fedpipe_ray` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .fleet import SerialFleet
+    from .loop import Round, federate
+    from .message import Message
+
+__version__ = "0.1.0"
+__all__ = ["Message", "Round", "SerialFleet", "federate"]
+
+_HOME = {"Message": ".message", "Round": ".loop", "SerialFleet": ".fleet", "federate": ".loop"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

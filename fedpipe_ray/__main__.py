@@ -1,0 +1,309 @@
+"""The command line, and the one place that puts the parts together: configuration, fleet, run folder, display."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import AllEdgesLost, Interrupted, UserError
+
+if TYPE_CHECKING:
+    from .display import Display
+    from .fleet import Fleet
+    from .methods.base import Method
+    from .settings import Run
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and its arguments."""
+    top = argparse.ArgumentParser(
+        prog="fedpipe", description="Federated fine-tuning of language models over unequal edge servers."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a configuration, from base model to adapter")
+    run.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ, such as local.lr=1e-3")
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
+
+    resume = commands.add_parser("resume", help="go on with a run that was stopped, or extend a finished one")
+    resume.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="such as rounds=20")
+
+    evaluate = commands.add_parser(
+        "evaluate", help="base against tuned model, on the edges' test rows or on files of your own"
+    )
+    evaluate.add_argument(
+        "what", type=Path, metavar="DIR|ADAPTER", help="a run folder, or a PEFT adapter with --data and --config"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluate.generate=50")
+    evaluate.add_argument("--data", metavar="SOURCE", help="a file, folder or URL; all its rows are test rows")
+    evaluate.add_argument(
+        "--config", type=Path, metavar="CONFIG", help="run file that says how rows are read (default: the run's own)"
+    )
+
+    export = commands.add_parser("export", help="write the adapter of a run, or with --merge a plain model")
+    export.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
+    )
+
+    commands.add_parser("methods", help="list the methods and their settings")
+
+    check = commands.add_parser("check", help="check everything that can be checked without training")
+    check.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 every edge lost, 128 + signal when stopped."""
+    options = parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        siblings()
+        return int(COMMANDS[options.command](options) or 0)
+    except UserError as error:
+        print(f"fedpipe: {error}", file=sys.stderr)
+        return 2
+    except AllEdgesLost as error:
+        print(
+            f"fedpipe: {error}\nThe checkpoint before this round is kept; mend the cause, then fedpipe resume",
+            file=sys.stderr,
+        )
+        return 3
+    except Interrupted as error:
+        return 128 + error.signum
+    except KeyboardInterrupt:
+        print("fedpipe: stopped", file=sys.stderr)
+        return 130
+
+
+def siblings() -> None:
+    """Raises UserError if another package stands in the way of actors, tuning or clusters."""
+    if str(REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(REPOSITORY))
+    import importlib.util
+
+    for name in ("actors", "tuning", "clusters"):
+        found = importlib.util.find_spec(name)
+        place = Path(found.origin).parent if found is not None and found.origin else None
+        if place != REPOSITORY / name:
+            raise UserError(
+                f"package {name!r} comes from {place}, not from {REPOSITORY}; remove that one from the path"
+            )
+
+
+def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
+    """Ray actors, or this process."""
+    if run.fleet.ray:
+        from actors.fleet import RayFleet
+
+        return RayFleet(run, method, private_dir.resolve())
+    from .fleet import SerialFleet
+
+    return SerialFleet(run, method, private_dir)
+
+
+def load(config: Path, overrides: Sequence[str]) -> Run:
+    """The resolved run of a file and its overrides. Raises UserError."""
+    from clusters import find_profiles
+
+    from .config import load_run
+
+    return load_run(config, overrides, find_profiles)
+
+
+def prepare_model(run: Run, display: Display) -> None:
+    """Pretrains the built-in model if it is not in the cache, with a bar."""
+    if run.model.name.startswith("builtin:"):
+        from .pretrain import builtin_model
+
+        with display.task("pretraining the built-in model, once") as bar:
+            builtin_model(
+                run.model.name.removeprefix("builtin:"), lambda step, steps, loss: bar(step, steps, f"loss {loss:.2f}")
+            )
+
+
+def set_up_logging(display: Display, file: Path | None) -> None:
+    """Warnings of the run go to the screen, everything to the run's log."""
+    log = logging.getLogger("fedpipe")
+    log.setLevel(logging.INFO)
+    log.handlers[:] = [display.handler()]
+    if file is not None:
+        to_file = logging.FileHandler(file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+    warnings.filterwarnings("ignore", module="peft")
+
+
+def new_folder(run: Run, options: argparse.Namespace) -> Path:
+    """Where a run goes: --out, the configuration's `out`, or runs/ with name and time."""
+    if options.out is not None:
+        return Path(options.out)
+    return Path(run.out) if run.out else Path("runs") / f"{options.config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def command_run(options: argparse.Namespace) -> None:
+    """A new run."""
+    run = load(options.config, options.overrides)
+    from .config import training_hash
+    from .display import Display
+    from .record import RunFolder
+    from .run import Experiment, preflight
+
+    display = Display(run.track.display)
+    path = new_folder(run, options)
+    RunFolder.check_free(path)
+    prepare_model(run, display)
+    preflight(run)
+    folder = RunFolder.create(path, run)
+    set_up_logging(display, path / "log.txt")
+    display.note(f"run folder {path}")
+    try:
+        experiment = Experiment(run, folder, make_fleet, display)
+        with closing(experiment.fleet):
+            experiment.begin(training_hash(run))
+            summary = go_on(experiment, display, path)
+    except BaseException:
+        folder.discard_if_not_begun()
+        raise
+    display.finish(summary, str(path))
+
+
+def command_resume(options: argparse.Namespace) -> None:
+    """A run goes on from its last checkpoint."""
+    from .display import Display
+    from .record import RunFolder, environment_changes
+    from .run import Experiment, extended
+
+    folder = RunFolder.open(options.folder)
+    before = folder.run()
+    run = extended(folder.run(options.overrides), before)
+    display = Display(run.track.display)
+    folder.lock()
+    set_up_logging(display, folder.path / "log.txt")
+    point = folder.load_checkpoint()
+    if point.start.round >= run.rounds:
+        raise UserError(f"{folder.path} has all its {run.rounds} rounds; extend it with rounds={2 * run.rounds}")
+    for change in environment_changes(folder, run):
+        logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
+    prepare_model(run, display)
+    display.note(f"resuming {folder.path} after round {point.start.round}")
+    experiment = Experiment(run, folder, make_fleet, display)
+    with closing(experiment.fleet):
+        experiment.resume(point)
+        folder.rewrite_config(run)
+        summary = go_on(experiment, display, folder.path)
+    display.finish(summary, str(folder.path))
+
+
+def go_on(experiment: Any, display: Display, path: Path) -> dict[str, Any]:
+    """The rounds that are left; says how to resume when they are stopped."""
+    try:
+        return dict(experiment.finish())
+    except (Interrupted, AllEdgesLost, KeyboardInterrupt):
+        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {path}")
+        raise
+
+
+def closing(fleet: Fleet) -> contextlib.closing[Fleet]:
+    """Ends the fleet whatever happens; SIGTERM before and after the rounds ends the program the same way."""
+
+    def stop(signum: int, _: Any) -> None:
+        raise Interrupted(signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    return contextlib.closing(fleet)
+
+
+def command_evaluate(options: argparse.Namespace) -> None:
+    """Base against tuned, one table."""
+    from .display import Display, comparison
+    from .results import evaluate_adapter, evaluate_run
+
+    display = Display()
+    set_up_logging(display, None)
+    if (options.what / "config.yaml").is_file():
+        base, tuned = evaluate_run(options.what, options.overrides, options.data, make_fleet, display)
+    elif (options.what / "adapter_config.json").is_file():
+        if options.config is None or options.data is None:
+            raise UserError(
+                f"{options.what} is an adapter; say how rows are read and which: --config CONFIG --data SOURCE"
+            )
+        base, tuned = evaluate_adapter(options.what, load(options.config, options.overrides), options.data, display)
+    else:
+        raise UserError(
+            f"{options.what} is neither a run folder (config.yaml) nor a PEFT adapter (adapter_config.json)"
+        )
+    display.console.print(comparison(base, tuned))
+
+
+def command_export(options: argparse.Namespace) -> None:
+    """The adapter of a run, or a merged model."""
+    from .display import Display
+    from .results import export_run
+
+    display = Display()
+    set_up_logging(display, None)
+    export_run(options.folder, options.out, options.merge)
+    what = "merged model" if options.merge else "adapter"
+    display.note(f"wrote the {what} to {options.out}")
+
+
+def command_methods(_: argparse.Namespace) -> None:
+    """The methods, their settings and defaults."""
+    import dataclasses
+
+    from .methods import METHODS, method_class
+    from .methods.base import describe
+
+    for name in METHODS:
+        cls = method_class(name)
+        print(f"{name:<12}{describe(cls)}")
+        for setting in dataclasses.fields(cls):
+            print(f"    {setting.name}: {setting.default!r}")
+
+
+def command_check(options: argparse.Namespace) -> None:
+    """Configuration, model, targets and the data this machine can see; no actor, no training."""
+    from .display import Display
+    from .results import check_data
+
+    run = load(options.config, options.overrides)
+    display = Display()
+    set_up_logging(display, None)
+    prepare_model(run, display)
+    from .run import preflight
+
+    method = preflight(run)
+    for line in check_data(run, method):
+        display.note(line)
+    display.note(
+        f"{options.config}: {len(run.fleet.edges)} edges, {run.rounds} rounds of {run.method['name']}: no fault found"
+    )
+
+
+COMMANDS = {
+    "run": command_run,
+    "resume": command_resume,
+    "evaluate": command_evaluate,
+    "export": command_export,
+    "methods": command_methods,
+    "check": command_check,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Rows into padded batches, batches into a summed loss: what training and evaluation share."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+IGNORED = -100
+
+
+class Rows(Protocol):
+    """Encoded rows of one split; data.Split is one."""
+
+    def __len__(self) -> int: ...
+
+    def example(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, mask, labels: [rows, length]; labels are [rows] for a classifier. units: loss terms (tokens or rows)."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    units: int
+
+
+def collate(rows: Rows, indices: Sequence[int], pad_id: int, classifier: bool) -> Batch:
+    """Pads on the right to the longest of the rows."""
+    examples = [rows.example(int(i)) for i in indices]
+    length = max(len(ids) for ids, _ in examples)
+    tokens = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(examples), length), dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
+    for row, (ids, wanted) in enumerate(examples):
+        tokens[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        mask[row, : len(ids)] = 1
+        labels[row, : len(wanted)] = torch.from_numpy(wanted.astype(np.int64))
+    if classifier:
+        return Batch(tokens, mask, labels[:, 0], len(examples))
+    labels[:, 0] = IGNORED  # the first token has nothing before it to be predicted from
+    return Batch(tokens, mask, labels, int((labels != IGNORED).sum()))
+
+
+def sums(model: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(summed loss, predictions, labels) over the loss terms of a batch; the last two are flat, [units].
+
+    The head of a causal model runs from the first response position on only, where the model allows it.
+    """
+    tokens, mask, labels = (t.to(device) for t in (batch.tokens, batch.mask, batch.labels))
+    if labels.ndim == 1:
+        logits = model(input_ids=tokens, attention_mask=mask).logits
+    else:
+        first = max(0, int((batch.labels != IGNORED).any(0).int().argmax()) - 1)
+        keep = tokens.shape[1] - first
+        extra = {"logits_to_keep": keep} if _keeps_logits(model) else {}
+        logits = model(input_ids=tokens, attention_mask=mask, **extra).logits[:, -keep:-1]
+        labels = labels[:, first + 1 :]
+        wanted = labels != IGNORED
+        logits, labels = logits[wanted], labels[wanted]  # [units, vocabulary], [units]
+    loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
+    return loss, logits.detach().argmax(-1), labels
+
+
+def _keeps_logits(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
+
+
+def endless(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """Row numbers, one permutation of all rows after the other."""
+    while True:
+        yield from rng.permutation(count)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """bfloat16 autocast where asked for, or where `auto` finds a GPU that has it; else float32 as it is."""
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16" or (precision == "auto" and gpu))

@@ -1,0 +1,39 @@
+"""Errors that somebody catches: the command line turns them into an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+class UserError(ValueError):
+    """Bad input: the message holds the value, the limit and the remedy. Exit code 2."""
+
+
+class EdgeError(UserError):
+    """Bad input that only edges can see; the message has one line an edge. Exit code 2."""
+
+
+class AllEdgesLost(RuntimeError):
+    """No edge returned a usable report in a round; the last checkpoint stands. Exit code 3.
+
+    lost: the Lost of every edge asked, with its reason.
+    """
+
+    def __init__(self, round: int, lost: Sequence[Any]) -> None:
+        reasons = "\n".join(f"  edge {one.edge}: {one.reason}" for one in lost)
+        super().__init__(f"round {round}: every edge was lost\n{reasons}")
+        self.round = round
+        self.lost = lost
+
+
+class Interrupted(RuntimeError):
+    """SIGINT or SIGTERM asked the run to stop after a round; exit code 128 + signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class DivergedError(RuntimeError):
+    """The loss of an edge became NaN or infinite; its report is dropped."""

@@ -1,0 +1,150 @@
+"""Fleets: the edge servers as the loop sees them. SerialFleet runs them one after another in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from .data import Facts
+from .errors import EdgeError, UserError
+from .evaluate import Metrics
+from .message import Message
+from .methods.base import Method
+from .model import Base
+from .report import Lost, Report
+from .settings import Profile, Run
+from .site import Progress, Ready, Site, attempt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An edge that cannot take part, and why; traceback: its own, for an exception nobody expected."""
+
+    edge: str
+    reason: str
+    traceback: str | None = None
+
+
+class Fleet(Protocol):
+    """What the loop asks of the edge servers. Reports come in the order of the orders, whoever was first."""
+
+    @property
+    def edges(self) -> Mapping[str, Profile]:
+        """The profiles by name."""
+
+    def open(self) -> list[Ready]:
+        """Preflight on every edge, side by side. Raises EdgeError with a line an edge that cannot take part."""
+
+    def run(self, orders: Mapping[str, Message], round: int) -> Iterator[Report | Lost]:
+        """Has the edges carry out their orders."""
+
+    def evaluate(self, state: Message | None, split: str, answers: int = 0) -> dict[str, Metrics | Lost]:
+        """Metrics of a state (None: the base model) on every edge's own rows."""
+
+    def restore(self, round: int, private: Mapping[str, Mapping[str, str]]) -> None:
+        """Has the edges take up the private states of a checkpoint. Raises EdgeError."""
+
+    def progress(self) -> dict[str, Progress]:
+        """What every edge is doing right now."""
+
+    def close(self) -> None:
+        """Ends what the fleet started."""
+
+
+def guarded(edge: str, work: Callable[[], T]) -> T | Refused:
+    """The result of `work` on an edge, or Refused; nothing is raised."""
+    try:
+        return work()
+    except UserError as error:
+        return Refused(edge, str(error))
+    except Exception as error:  # shown with the edge's own traceback, once
+        return Refused(edge, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+
+def accepted(answers: Sequence[T | Refused]) -> list[T]:
+    """The answers if no edge refused. Raises EdgeError with what each refusing edge says."""
+    refused = [answer for answer in answers if isinstance(answer, Refused)]
+    if refused:
+        reasons = [f"edge {r.edge}: {r.traceback or r.reason}".rstrip() for r in refused]
+        raise EdgeError("\n".join(dict.fromkeys(reasons)))
+    return [answer for answer in answers if not isinstance(answer, Refused)]
+
+
+def classes_of(run: Run, facts: Sequence[Facts]) -> list[str]:
+    """The class names of a classification run: data.labels, or all that the edges found, numbers in their order."""
+    if run.data.task != "classification":
+        return []
+    found = {label for fact in facts for label in fact.label_values}
+    if run.data.labels:
+        return list(run.data.labels)
+    if len(found) < 2:
+        raise UserError(
+            f"data.label: {run.data.label} has {len(found)} class(es) over all edges; a classifier needs two or more"
+        )
+    numbers = all(label.lstrip("-").isdigit() for label in found)
+    return sorted(found, key=int if numbers else str)
+
+
+class SerialFleet:
+    """All edges in this process, one after another, on one frozen base. The same bits as any other fleet."""
+
+    def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
+        self.run_settings = run
+        self._base: Base | None = None
+        self.sites = {name: Site(name, run, method, self._load, private_dir) for name in run.fleet.edges}
+
+    def _load(self, classes: Sequence[str]) -> Base:
+        if self._base is None:
+            run = self.run_settings
+            self._base = Base.load(run.model, run.data.task, classes, run.seed)
+        return self._base
+
+    @property
+    def edges(self) -> Mapping[str, Profile]:
+        """The profiles by name."""
+        return self.run_settings.fleet.edges
+
+    def open(self) -> list[Ready]:
+        """Preflight on every edge. Raises EdgeError."""
+        sites, classes = self.sites.values(), []
+        if any(site.method.base != "none" for site in sites):
+            facts = accepted([guarded(site.name, site.inspect) for site in sites])
+            classes = classes_of(self.run_settings, facts)
+        return accepted([guarded(site.name, lambda site=site: site.prepare(classes)) for site in sites])  # type: ignore[misc]
+
+    def run(self, orders: Mapping[str, Message], round: int) -> Iterator[Report | Lost]:
+        """One edge after the other; an edge starts when the report before it was taken."""
+        for name, order in orders.items():
+            report, update = attempt(self.sites[name], order.to(self.run_settings.wire.dtype), round)
+            if isinstance(report, Report) and update is not None:
+                report.fetch = lambda update=update: update
+            del update
+            yield report
+
+    def evaluate(self, state: Message | None, split: str, answers: int = 0) -> dict[str, Metrics | Lost]:
+        """Metrics of a state on every edge's own rows."""
+        results: dict[str, Metrics | Lost] = {}
+        for name, site in self.sites.items():
+            found = guarded(name, lambda site=site: site.evaluate(state, split, answers))  # type: ignore[misc]
+            results[name] = Lost(name, found.reason, found.traceback) if isinstance(found, Refused) else found
+        return results
+
+    def restore(self, round: int, private: Mapping[str, Mapping[str, str]]) -> None:
+        """Has the edges take up the private states of a checkpoint. Raises EdgeError."""
+        accepted([
+            guarded(name, lambda site=self.sites[name], rest=rest: site.restore(round, **rest))  # type: ignore[misc]
+            for name, rest in private.items()
+        ])  # fmt: skip
+
+    def progress(self) -> dict[str, Progress]:
+        """What every edge is doing right now."""
+        return {name: dataclasses.replace(site.progress) for name, site in self.sites.items()}
+
+    def close(self) -> None:
+        """Nothing to end."""

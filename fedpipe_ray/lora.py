@@ -1,0 +1,136 @@
+"""LoRA adapters in and out of a model by name, in PEFT's own format.
+
+A tensor's name is its key in PEFT's `adapter_model.safetensors`, so a state is an adapter and the other way round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from .errors import UserError
+from .message import write_atomically
+from .model import Base
+
+TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
+LINEAR = ("Linear", "Conv1D")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Which adapter: rank and alpha (scale alpha / rank) of every target; targets: module names or `all-linear`."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+    task: str = "causal"
+
+    def peft_config(self, base_name: str | None = None) -> Any:
+        """The equal `peft.LoraConfig`."""
+        targets: Any = "all-linear" if self.targets == ("all-linear",) else list(self.targets)
+        return peft.LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets,
+            task_type=TASKS[self.task], base_model_name_or_path=base_name,
+        )  # fmt: skip
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last parts of the names of the model's linear modules, sorted: what `targets` may hold."""
+    return sorted(
+        {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in LINEAR}
+    )
+
+
+def inject(model: Any, spec: LoraSpec) -> Any:
+    """A PeftModel around `model` (also on the meta device). Raises UserError for a target that is not there."""
+    names = [name for name, _ in model.named_modules()]
+    missing = [t for t in spec.targets if t != "all-linear" and not any(n == t or n.endswith("." + t) for n in names)]
+    if missing:
+        raise UserError(f"method.targets: no module {', '.join(missing)}; there are {', '.join(linear_names(model))}")
+    meta = next(model.parameters()).is_meta
+    try:
+        return peft.get_peft_model(model, spec.peft_config(), low_cpu_mem_usage=meta)
+    except ValueError as error:
+        raise UserError(f"method.targets: {error}") from None
+
+
+def attach(base: Base, spec: LoraSpec) -> Any:
+    """The PeftModel of `spec` on `base`, made once and kept; one spec at a time is attached."""
+    if spec not in base.attached:
+        for other in list(base.attached.values()):
+            other.unload()
+        base.attached.clear()
+        base.attached[spec] = inject(base.model, spec)
+    return base.attached[spec]
+
+
+def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Trainable parameters by their PEFT key."""
+    return {_key(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _key(name: str) -> str:
+    return name.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+def load(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copies `tensors` into the adapter. Raises ValueError unless names and shapes match exactly."""
+    own = parameters(model)
+    if own.keys() != tensors.keys():
+        odd = sorted(own.keys() ^ tensors.keys())
+        raise ValueError(f"adapter and model differ in {len(odd)} tensors, the first {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(f"{name}: shape {list(tensors[name].shape)}, the model has {list(parameter.shape)}")
+            parameter.copy_(tensors[name])
+
+
+def read(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of the adapter's tensors on the CPU, float32, by PEFT key."""
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters(model).items()}
+
+
+def initial(shapes: Mapping[str, Sequence[int]], rng: torch.Generator) -> dict[str, torch.Tensor]:
+    """A fresh adapter, as LoRA starts: A Kaiming-uniform [rank, d_in], B zero [d_out, rank] (Hu et al. 2021, PEFT)."""
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.zeros(tuple(shape))
+        if ".lora_A." in name:
+            bound = tensor[0].numel() ** -0.5
+            tensor.uniform_(-bound, bound, generator=rng)
+        elif ".lora_embedding_B" in name:
+            tensor.normal_(generator=rng)
+        tensors[name] = tensor
+    return tensors
+
+
+def save_adapter(
+    folder: Path, spec: LoraSpec, shapes_of: Any, tensors: Mapping[str, torch.Tensor], base_name: str
+) -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads.
+
+    shapes_of: the PeftModel (meta or real) whose resolved targets and saved modules go into the configuration.
+    """
+    from safetensors.torch import save
+
+    resolved = shapes_of.peft_config["default"]
+    config = dataclasses.replace(resolved, base_model_name_or_path=base_name, inference_mode=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        tree = json.loads(Path(scratch, "adapter_config.json").read_text())
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(tree.get(key), list):
+            tree[key] = sorted(tree[key])
+    kept = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(folder / "adapter_model.safetensors", save(kept, metadata={"format": "pt"}))
+    write_atomically(folder / "adapter_config.json", json.dumps(tree, indent=2, sort_keys=True) + "\n")

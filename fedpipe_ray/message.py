@@ -1,0 +1,114 @@
+"""Message: the one thing that crosses the wire, rests in a checkpoint, or stays on an edge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+# Tensors rebuilt from a shared-memory buffer are read-only views; every user of a Message copies before it writes.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Message:
+    """Named tensors and named numbers.
+
+    tensors: any shapes and dtypes, on any device; they travel as flat buffers, one copy into the receiver's store and
+    none out of it, and arrive as read-only CPU views. numbers: a few scalars. Treat both as immutable.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of tensor storage as sent."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of names, dtypes, shapes and numbers, as one JSON text."""
+        return len(json.dumps([_specs(self.tensors), dict(self.numbers)]).encode())
+
+    @property
+    def total_bytes(self) -> int:
+        """Payload and header together: what bytes_up and bytes_down count."""
+        return self.payload_bytes + self.header_bytes
+
+    def to(self, dtype: str) -> Message:
+        """The same message with floating-point tensors cast to `dtype`; itself if nothing changes."""
+        target = DTYPES[dtype]
+        if all(tensor.dtype == target or not tensor.is_floating_point() for tensor in self.tensors.values()):
+            return self
+        cast = {k: t.to(target) if t.is_floating_point() else t for k, t in self.tensors.items()}
+        return Message(cast, self.numbers)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Message], tuple[Any, ...]]:
+        flat = [
+            tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+            for tensor in self.tensors.values()
+        ]
+        buffers = [pickle.PickleBuffer(array) if protocol >= 5 else array.tobytes() for array in flat]
+        return _rebuild, (_specs(self.tensors), dict(self.numbers), buffers)
+
+    def save(self, path: Path) -> str:
+        """Writes one safetensors file beside `path`, renames it to `path`; returns its SHA-256. Raises OSError."""
+        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.tensors.items()}
+        content = safetensors.torch.save(tensors, metadata={"numbers": json.dumps(dict(self.numbers))})
+        write_atomically(path, content)
+        return hashlib.sha256(content).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path, sha256: str | None = None) -> Message:
+        """The message in a file of `save`. Raises ValueError if the file is damaged, OSError if it cannot be read."""
+        content = path.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not the recorded one")
+        try:
+            tensors = safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return cls(tensors, json.loads(header.get("__metadata__", {}).get("numbers", "{}")))
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replaces `path` by `content` so that a reader, a crash or a full disk never sees half of it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _specs(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str, list[int]]]:
+    return [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
+
+
+def _rebuild(specs: Sequence[tuple[str, str, list[int]]], numbers: dict[str, float], buffers: Sequence[Any]) -> Message:
+    """Read-only views on the received buffers; no copy."""
+    tensors = {}
+    for (name, dtype, shape), buffer in zip(specs, buffers, strict=True):
+        kind = getattr(torch, dtype)
+        flat = torch.frombuffer(buffer, dtype=kind) if math.prod(shape) else torch.empty(0, dtype=kind)
+        tensors[name] = flat.view(shape)
+    return Message(tensors, numbers)

@@ -1,0 +1,39 @@
+"""The methods by name. A new one touches three files: itself, one line here, its test."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedpipe_ray.config import build
+from fedpipe_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from .base import Method
+
+METHODS = {
+    "lora": "fedpipe_ray.methods.lora:Lora",
+}
+
+
+def method_class(name: str) -> type:
+    """The dataclass of a method: a name of METHODS, or a user's own `module:Class`. Raises UserError."""
+    path = METHODS.get(name, name)
+    if ":" not in path:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "give module:Class for your own"
+        raise UserError(f"method.name: no method {name!r}; {hint} There are: {', '.join(METHODS)}")
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"method.name: cannot import {path!r}: {error}") from None
+
+
+def make_method(settings: Mapping[str, Any]) -> Method:
+    """The method that the run file's `method` section describes, its hyperparameters checked. Raises UserError."""
+    fields = {key: value for key, value in settings.items() if key != "name"}
+    method: Method = build(method_class(settings["name"]), fields, "method")
+    return method

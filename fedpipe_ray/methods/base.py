@@ -1,0 +1,165 @@
+"""What a method is: five functions, both halves in one file; and the base class of methods that train LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+
+from fedpipe_ray import lora
+from fedpipe_ray.message import Message
+from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.settings import Profile, Section, require
+
+if TYPE_CHECKING:
+    from fedpipe_ray.site import Site
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One named view of a state that a model can be evaluated with and exported as: a LoRA adapter."""
+
+    spec: lora.LoraSpec
+    tensors: Mapping[str, torch.Tensor]
+
+
+class Method(Protocol):
+    """A frozen dataclass whose fields are its hyperparameters. The same object stands on the driver and on every edge.
+
+    base: what an edge holds of the model: `shared` = the frozen base; `none` = neither model nor data.
+    """
+
+    base: ClassVar[Literal["shared", "none"]]
+
+    def start(self, server: Site, rng: np.random.Generator) -> Message:
+        """The server's state before round 0."""
+
+    def plan(
+        self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
+    ) -> dict[str, Message]:
+        """An order for each of `edges`, those asked this round. Pure: what it learns goes through `aggregate`."""
+
+    def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
+        """On the edge: from an order to an update. May replace `site.private`, nothing else."""
+
+    def aggregate(
+        self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
+    ) -> Message:
+        """The next state, from reports in the order of the orders; some may be Lost."""
+
+    def weights(self, state: Message, site: Site) -> dict[str, Weights]:
+        """Named views of the state for this site; the first is evaluated as the result and exported."""
+
+
+def arrivals(reports: Iterable[Report | Lost], like: Mapping[str, torch.Tensor]) -> Iterator[tuple[Report, Message]]:
+    """The reports that can be used, each with its message, fetched one at a time and let go after use.
+
+    A message that cannot be fetched, differs from `like` in names or shapes, or holds NaN or infinity is rejected: the
+    report says why, the round records the edge as lost.
+    """
+    for report in reports:
+        if isinstance(report, Lost):
+            continue
+        try:
+            message = report.message()
+        except Exception as error:  # whatever the transport raises, this edge's update is gone
+            report.rejected = f"its update was lost on the way: {type(error).__name__}: {error}".splitlines()[0]
+            continue
+        report.rejected = fault(message, like)
+        if report.rejected is None:
+            yield report, message
+        report.release()
+        del message
+
+
+def fault(message: Message, like: Mapping[str, torch.Tensor]) -> str | None:
+    """Why `message` cannot be aggregated with tensors such as `like`; None if it can."""
+    if message.tensors.keys() != like.keys():
+        odd = sorted(message.tensors.keys() ^ like.keys())
+        return f"its update differs from the state in {len(odd)} tensors, the first {odd[0]}"
+    for name, tensor in message.tensors.items():
+        if tensor.shape != like[name].shape:
+            return f"its update has {name} in shape {list(tensor.shape)}, not {list(like[name].shape)}"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"its update has NaN or infinity in {name}"
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraMethod(Section):
+    """Federated training of one LoRA adapter of the same shape on every edge.
+
+    rank, alpha: scale alpha / rank; targets: module names, or `all-linear`; dropout: on the adapter's input. The state
+    is the adapter. Subclasses say how updates are aggregated.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str | list[str] = "all-linear"
+    dropout: float = 0.0
+
+    base: ClassVar[Literal["shared", "none"]] = "shared"
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, f"method.rank: {self.rank} must be at least 1")
+        require(self.alpha > 0, f"method.alpha: {self.alpha} must be above 0")
+        require(0 <= self.dropout < 1, f"method.dropout: {self.dropout} must lie in [0, 1)")
+        require(
+            bool(self.targets), "method.targets: names no module; write all-linear or names such as [q_proj, v_proj]"
+        )
+
+    def spec(self, site: Site) -> lora.LoraSpec:
+        """The adapter this method puts on the model of `site`."""
+        targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+        return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
+
+    def start(self, server: Site, rng: np.random.Generator) -> Message:
+        """A fresh adapter; the head of a classifier as the base model has it."""
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        shapes = {name: tuple(p.shape) for name, p in lora.parameters(server.skeleton(self.spec(server))).items()}
+        tensors = lora.initial(shapes, generator)
+        heads = [name for name in tensors if ".lora_" not in name]
+        if heads:
+            own = lora.read(lora.attach(server.base, self.spec(server)))
+            tensors.update({name: own[name] for name in heads})
+        return Message(tensors)
+
+    def plan(
+        self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
+    ) -> dict[str, Message]:
+        """Everybody gets the global adapter."""
+        return dict.fromkeys(edges, Message(state.tensors))
+
+    def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
+        """The adapter after this round's local steps."""
+        model = lora.attach(site.base, self.spec(site))
+        lora.load(model, order.tensors)
+        site.train(model, rng)
+        return Message(lora.read(model))
+
+    def weights(self, state: Message, site: Site) -> dict[str, Weights]:
+        """One view: the global adapter."""
+        return {"global": Weights(self.spec(site), state.tensors)}
+
+
+def weighted_mean(state: Message, reports: Iterable[Report | Lost]) -> Message:
+    """Mean of the updates weighted by report.weight, folded one at a time; `state` unchanged if none is usable.
+
+    Holds one accumulator of the size of an update beside the one in hand. Sums run in the order of the orders.
+    """
+    total, mean = 0.0, {name: torch.zeros(t.shape) for name, t in state.tensors.items()}
+    for report, message in arrivals(reports, state.tensors):
+        total += report.weight
+        for name, tensor in message.tensors.items():
+            mean[name].add_(tensor, alpha=report.weight)
+    if total == 0:
+        return state
+    return Message({name: tensor.div_(total) for name, tensor in mean.items()}, state.numbers)
+
+
+def describe(cls: Any) -> str:
+    """First line of a method's docstring."""
+    return str(cls.__doc__ or "").strip().splitlines()[0]

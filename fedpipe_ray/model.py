@@ -1,0 +1,177 @@
+"""Pretrained models: loading by id, path or from the driver's parcel; the frozen base that adapters sit on."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from .errors import UserError
+from .message import DTYPES, Message
+from .settings import Model
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft calls it
+
+KINDS: Mapping[str, Any] = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A model on its way from the driver to an edge: configuration and tokenizer files, and the weights.
+
+    files: name -> bytes; weights: a Message, which every edge on a node maps read-only from one shared copy.
+    """
+
+    files: Mapping[str, bytes]
+    weights: Message
+
+
+class Base:
+    """A frozen pretrained model with its tokenizer on one device.
+
+    `model` is never written to; methods attach adapters through lora.attach, which remembers them in `attached`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+        self.tokenizer = tokenizer
+        self.device = device
+        self.pad_id = set_pad_token(model, tokenizer)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.attached: dict[Any, Any] = {}
+
+    @classmethod
+    def load(cls, settings: Model, task: str, classes: Sequence[str], seed: int, parcel: Parcel | None = None) -> Base:
+        """The model that `settings` names, or the one in `parcel`. Raises UserError if it cannot be had."""
+        device = pick_device(settings.device)
+        dtype = pick_dtype(settings.dtype, device)
+        if parcel is not None:
+            with tempfile.TemporaryDirectory(prefix="fedpipe-model-") as folder:
+                for name, content in parcel.files.items():
+                    Path(folder, name).write_bytes(content)
+                tokenizer = load_tokenizer(Model(name=folder))
+                model = empty_model(Model(name=folder), task, classes, buffers=True)
+            model.load_state_dict(dict(parcel.weights.tensors), strict=False, assign=True)
+            model.tie_weights()
+            stranded = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+            if stranded:
+                raise UserError(f"model.load: driver left {', '.join(stranded[:3])} empty; use model.load: node")
+            return cls(model.to(dtype) if dtype is not None else model, tokenizer, device)
+        torch.manual_seed(seed)  # weights the checkpoint lacks (a classifier's head) start equal everywhere
+        extra = {} if dtype is None else {"dtype": dtype}
+        model = _loading(
+            settings, lambda: KINDS[task].from_pretrained(**_where(settings), **labels(task, classes), **extra)
+        )
+        return cls(model, load_tokenizer(settings), device)
+
+    def parcel(self) -> Parcel:
+        """This model as a Parcel; tied weights travel once."""
+        with tempfile.TemporaryDirectory(prefix="fedpipe-model-") as folder:
+            self.model.config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+        tensors: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self.model.state_dict().items():
+            if tensor.data_ptr() not in seen or tensor.numel() == 0:
+                tensors[name] = tensor
+                seen.add(tensor.data_ptr())
+        return Parcel(files, Message(tensors))
+
+
+def empty_model(settings: Model, task: str, classes: Sequence[str], buffers: bool = False) -> Any:
+    """The model's architecture on the meta device, from its configuration alone; `buffers` makes those real."""
+    config = load_config(settings, task, classes)
+    with init_empty_weights(include_buffers=not buffers):
+        return KINDS[task].from_config(config, trust_remote_code=settings.trust_remote_code)
+
+
+def load_config(settings: Model, task: str, classes: Sequence[str]) -> Any:
+    """The model's configuration with its classes. Raises UserError."""
+    return _loading(settings, lambda: AutoConfig.from_pretrained(**_where(settings), **labels(task, classes)))
+
+
+def load_tokenizer(settings: Model) -> Any:
+    """The model's tokenizer. Raises UserError."""
+    tokenizer = _loading(settings, lambda: AutoTokenizer.from_pretrained(**_where(settings)))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def set_pad_token(model: Any, tokenizer: Any) -> int:
+    """Gives model and tokenizer a padding token (the end-of-sequence token where there is none); returns its id."""
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    model.config.pad_token_id = pad_id
+    return int(pad_id)
+
+
+def labels(task: str, classes: Sequence[str]) -> dict[str, Any]:
+    """Keyword arguments that name a classifier's classes."""
+    if task != "classification":
+        return {}
+    return {
+        "num_labels": len(classes),
+        "id2label": dict(enumerate(classes)),
+        "label2id": {c: i for i, c in enumerate(classes)},
+    }
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, then Apple's MPS, then CPU. Raises UserError for a device that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("model.device: cuda, but this process sees no GPU; give the edge's profile gpus, or use auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """float32 on CPU and the checkpoint's own dtype (None) on a GPU unless `name` says otherwise."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else None
+
+
+def _where(settings: Model) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` that say which model."""
+    name = settings.name
+    if name.startswith("builtin:"):
+        from .pretrain import builtin_model
+
+        name = str(builtin_model(name.removeprefix("builtin:")))
+    return {
+        "pretrained_model_name_or_path": name,
+        "revision": settings.revision or "main",
+        "trust_remote_code": settings.trust_remote_code,
+    }
+
+
+def _loading(settings: Model, load: Any) -> Any:
+    """Runs `load`; turns what goes wrong into a message with the remedy."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+        remedy = (
+            "HF_HUB_OFFLINE is set: give a local folder"
+            if offline
+            else "give a hub id, a local folder, or builtin:tiny-llama"
+        )
+        raise UserError(f"model.name: cannot load {settings.name!r}: {first} ({remedy})") from error

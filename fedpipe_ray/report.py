@@ -1,0 +1,47 @@
+"""What comes back from an edge: a Report with a lazy message, or Lost with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .costs import Cost
+from .message import Message
+
+
+@dataclass
+class Report:
+    """The small, eager part of an edge's answer; `message()` fetches the tensors.
+
+    weight: what aggregates weigh by (samples trained on). base_round: the round whose state the edge started from.
+    private: path and SHA-256 of the edge's private state after the round, which never leaves it. rejected: why the
+    server could not use the message.
+    """
+
+    edge: str
+    base_round: int
+    weight: float
+    train_loss: float
+    cost: Cost
+    private: dict[str, str] | None = None
+    rejected: str | None = None
+    fetch: Callable[[], Message] | None = field(default=None, repr=False)
+
+    def message(self) -> Message:
+        """The edge's update. Raises whatever the transport raises if it is gone."""
+        assert self.fetch is not None, "a report's message is fetched once"
+        return self.fetch()
+
+    def release(self) -> None:
+        """Lets go of the message, so that the object store can free it."""
+        self.fetch = None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """An edge that gave no report this round. traceback: the edge's own, as text, for an exception nobody expected."""
+
+    edge: str
+    reason: str
+    traceback: str | None = None
+    cost: Cost = field(default_factory=Cost)

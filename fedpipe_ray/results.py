@@ -1,0 +1,165 @@
+"""What is done with a run afterwards: evaluate it, export it; and what can be checked before it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from . import lora
+from .config import edge_data
+from .data import inspect, open_data
+from .display import Display
+from .errors import EdgeError, UserError
+from .evaluate import Metrics, combine, evaluate, generate
+from .fleet import classes_of
+from .methods.base import Method
+from .model import Base
+from .record import RunFolder
+from .run import Experiment, MakeFleet, export_adapter, preflight, server_site
+from .settings import Data, Run
+
+Table = dict[str, Any]  # {"global": Metrics, "edges": {name: Metrics}}
+
+
+def evaluate_run(
+    path: Path, overrides: Sequence[str], source: str | None, make_fleet: MakeFleet, display: Display
+) -> tuple[Table, Table]:
+    """(base, tuned) on the test rows of the run's own edges, or on all rows of `source`, read here; UserError."""
+    folder = RunFolder.open(path)
+    run = folder.run(overrides)
+    state, point = folder.final_state(run)
+    if source is not None:
+        method = preflight(run)
+        site = server_site(run, method, point.classes)
+        weights = next(iter(method.weights(state, site).values()))
+        model = lora.attach(site.base, weights.spec)
+        lora.load(model, weights.tensors)
+        return on_source(model, site.base, run, source, point.classes)
+    experiment = Experiment(run, folder, make_fleet, display)
+    try:
+        experiment.open()
+        with display.watching(experiment.fleet, "evaluating the base model"):
+            base = experiment.measure(None)
+        with display.watching(experiment.fleet, "evaluating the tuned model"):
+            return base, experiment.measure(state)
+    finally:
+        experiment.fleet.close()
+
+
+def evaluate_adapter(path: Path, run: Run, source: str, display: Display) -> tuple[Table, Table]:
+    """(base, tuned) of any PEFT adapter for the run's model, on all rows of `source`. Raises UserError."""
+    classes = list(run.data.labels)
+    if run.data.task == "classification" and not classes:
+        raise UserError("data.labels: name the adapter's classes in order; they cannot be read off a file")
+    display.note(f"loading {run.model.name}")
+    base = Base.load(run.model, run.data.task, classes, run.seed)
+    try:
+        model = peft.PeftModel.from_pretrained(base.model, str(path))
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{path} is no adapter for {run.model.name}: {str(error).splitlines()[0]}") from error
+    return on_source(model, base, run, source, classes)
+
+
+def on_source(model: Any, base: Base, run: Run, source: str, classes: Sequence[str]) -> tuple[Table, Table]:
+    """(base, tuned) metrics of a PeftModel on all rows of a source."""
+    settings = dataclasses.replace(run.data, source=source, validation=0.0, test=0.0)
+    rows = open_data(settings, "data", ["data"], run.seed, base.tokenizer, list(classes), only="test").test
+    count = len(classes) if run.data.task == "classification" else 0
+
+    def measured() -> Table:
+        chosen = run.evaluate
+        metrics: Metrics = evaluate(
+            model,
+            rows,
+            device=base.device,
+            pad_id=base.pad_id,
+            classes=count,
+            batch=chosen.batch,
+            limit=chosen.rows,
+            precision=run.local.precision,
+        )
+        if chosen.generate and not count:
+            metrics |= generate(
+                model,
+                base.tokenizer,
+                rows,
+                device=base.device,
+                count=chosen.generate,
+                max_new_tokens=chosen.max_new_tokens,
+                answer=chosen.answer,
+            )
+        return {"global": combine({"data": metrics}), "edges": {"data": metrics}}
+
+    with model.disable_adapter():
+        before = measured()
+    return before, measured()
+
+
+def export_run(path: Path, out: Path, merge: bool) -> None:
+    """Writes a run's adapter in PEFT's format, or the merged model with its tokenizer, to a new folder.
+
+    A merged model has the architecture and parameter count of the base. Raises UserError.
+    """
+    folder = RunFolder.open(path)
+    run = folder.run()
+    state, point = folder.final_state(run)
+    site = server_site(run, preflight(run), point.classes)
+    with new_folder(out) as aside:
+        if not merge:
+            export_adapter(aside, site, state)
+            return
+        weights = next(iter(site.method.weights(state, site).values()))
+        model = lora.attach(site.base, weights.spec)
+        lora.load(model, weights.tensors)
+        merged = model.merge_and_unload()
+        merged.save_pretrained(aside)
+        site.base.tokenizer.save_pretrained(aside)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name only when everything is in it. Raises UserError."""
+    RunFolder.check_free(out)
+    aside = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        if out.exists():
+            out.rmdir()
+        os.replace(aside, out)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror or error}; give another folder with --out") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_data(run: Run, method: Method) -> list[str]:
+    """A line an edge about the rows this machine can see. Raises EdgeError for an edge whose source has a fault.
+
+    With a cluster elsewhere, what is not here is left to the preflight on the edges.
+    """
+    if method.base == "none":
+        return []
+    elsewhere = run.fleet.ray and (run.fleet.address or os.environ.get("RAY_ADDRESS"))
+    lines, faults, facts = [], [], []
+    for name in run.fleet.edges:
+        settings: Data = edge_data(run, name, run.fleet.edges[name])
+        try:
+            found = inspect(settings, name, list(run.fleet.edges), run.seed)
+        except UserError as error:
+            faults.append(f"edge {name}: {error}")
+            continue
+        facts.append(found)
+        lines.append(f"edge {name}: {found.rows} rows in {settings.source}")
+    if faults and not elsewhere:
+        raise EdgeError("\n".join(faults))
+    if not faults:
+        classes_of(run, facts)
+    return lines + [f"{fault} (left to the preflight on the cluster)" for fault in faults]

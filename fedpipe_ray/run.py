@@ -1,0 +1,241 @@
+"""One run from configuration to adapter: preflight, rounds with checkpoints, final evaluation, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from . import lora
+from .config import FREE_ON_RESUME, training_hash
+from .display import Display
+from .errors import AllEdgesLost, Interrupted, UserError
+from .evaluate import Metrics, combine
+from .fleet import Fleet
+from .loop import Round, Start, federate
+from .message import Message
+from .methods import make_method
+from .methods.base import Method
+from .model import Base, empty_model
+from .randomness import rng_for
+from .record import Checkpoint, RunFolder, round_record
+from .report import Lost
+from .settings import Run
+from .site import SERVER, Ready, Site
+
+log = logging.getLogger("fedpipe")
+MakeFleet = Callable[[Run, Method, Path], Fleet]
+
+
+def server_site(run: Run, method: Method, classes: list[str]) -> Site:
+    """The server as a Site; model and data load when a method asks for them."""
+    base: list[Base] = []
+
+    def load(names: Any) -> Base:
+        if not base:
+            base.append(Base.load(run.model, run.data.task, list(names), run.seed))
+        return base[0]
+
+    return Site(SERVER, run, method, load, classes=classes)
+
+
+def preflight(run: Run) -> Method:
+    """Everything that can be checked on the driver before any actor starts. Raises UserError."""
+    method = make_method(run.method)
+    if method.base != "none":
+        classes = run.data.labels or ["0", "1"]
+        site = server_site(run, method, list(classes))
+        skeleton = empty_model(run.model, run.data.task, classes)
+        spec = getattr(method, "spec", None)
+        if spec is not None:
+            lora.inject(skeleton, spec(site))
+    return method
+
+
+class Experiment:
+    """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next."""
+
+    def __init__(self, run: Run, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
+        self.run, self.folder, self.display = run, folder, display
+        self.method = preflight(run)
+        display.note("starting the edge servers" + (" on Ray" if run.fleet.ray else " in this process"))
+        self.fleet = make_fleet(run, self.method, folder.path / "private")
+        self.point = Checkpoint(Start(Message()), "", {})
+        self.server = server_site(run, self.method, [])
+
+    def open(self) -> list[Ready]:
+        """Preflight on the edges. Raises EdgeError."""
+        with self.display.watching(self.fleet):
+            ready = self.fleet.open()
+        self.display.edges(self.run, ready)
+        return ready
+
+    def begin(self, config_hash: str) -> None:
+        """Opens the fleet, evaluates the base model, and writes the checkpoint before round 1."""
+        ready = self.open()
+        self._classes()
+        state = self.method.start(self.server, rng_for(self.run.seed, 0, "start"))
+        self.point = Checkpoint(
+            Start(state), config_hash, {one.edge: one.fingerprint for one in ready},
+            classes=self.server.classes,
+            totals={"bytes_up": 0, "bytes_down": 0, "wall_seconds": 0.0, "virtual_seconds": 0.0},
+        )  # fmt: skip
+        if self.method.base != "none":
+            with self.display.watching(self.fleet, "evaluating the base model"):
+                self.point.base = self.measure(None)
+            self.display.base(self.point.base["global"])
+        self.folder.save_checkpoint(self.point)
+
+    def resume(self, point: Checkpoint) -> None:
+        """Opens the fleet and takes up a checkpoint. Raises UserError if an edge's data is not what it was."""
+        ready = self.open()
+        self._classes()
+        changed = [one.edge for one in ready if point.fingerprints.get(one.edge) != one.fingerprint]
+        if changed or len(ready) != len(point.fingerprints):
+            raise UserError(
+                f"the data of edge {', '.join(changed)} changed since the checkpoint; bring it back, or start a new run"
+            )
+        self.folder.rewind(point.start.round)
+        self.fleet.restore(point.start.round, point.start.private)
+        self.point = point
+
+    def _classes(self) -> None:
+        self.server.classes = list(getattr(self.fleet, "classes", []))
+
+    def measure(self, state: Message | None) -> dict[str, Any]:
+        """{"global": ..., "edges": {name: ...}} on the test rows, with free-text answers where they are asked for."""
+        found = self.fleet.evaluate(state, "test", self.run.evaluate.generate)
+        edges: dict[str, Metrics] = {}
+        for name, metrics in found.items():
+            if isinstance(metrics, Lost):
+                log.warning("edge %s could not evaluate: %s", name, metrics.traceback or metrics.reason)
+            elif metrics:
+                edges[name] = metrics
+        return {"global": combine(edges), "edges": edges}
+
+    def finish(self) -> dict[str, Any]:
+        """Runs the rounds that are left; returns the summary. Raises AllEdgesLost or Interrupted, all saved."""
+        run, status = self.run, "finished"
+        try:
+            with self.display.rounds(self.fleet, run.rounds, self.point.start.round), stop_after_round() as stop:
+                for done in federate(
+                    self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, fraction=run.fleet.fraction,
+                    evaluate_every=0 if self.method.base == "none" else run.evaluate.every, start=self.point.start,
+                ):  # fmt: skip
+                    self.keep(done)
+                    reason = self.stop_early()
+                    if reason is not None:
+                        log.info("stopped after round %d: %s", done.number + 1, reason)
+                        status = "stopped_early"
+                        break
+                    if stop and done.number + 1 < run.rounds:
+                        raise Interrupted(stop[0])
+        except (AllEdgesLost, Interrupted) as error:
+            self.write(self.point.start.state, "failed" if isinstance(error, AllEdgesLost) else "interrupted", {})
+            raise
+        state = self.point.start.state
+        if run.evaluate.keep == "best" and self.point.best is not None:
+            state = self.folder.load_best(self.point.best)
+        tuned: dict[str, Any] = {}
+        if self.method.base != "none":
+            with self.display.watching(self.fleet, "evaluating the tuned model"):
+                tuned = self.measure(state)
+        return self.write(state, status, tuned)
+
+    def keep(self, done: Round) -> None:
+        """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
+        record = round_record(done)
+        self.folder.append(record)
+        point = self.point
+        for key in point.totals:
+            point.totals[key] += record[key]
+        private = {**point.start.private, **{r.edge: r.private for r in done.reports if r.private is not None}}
+        point.start = Start(done.state, done.number + 1, private)
+        if "loss" in done.quality:
+            point.history.append({"round": done.number + 1, "loss": done.quality["loss"]})
+            if self.run.evaluate.keep == "best" and done.quality["loss"] <= min(h["loss"] for h in point.history):
+                point.best = self.folder.save_best(done.state, done.number + 1)
+        self.folder.save_checkpoint(point)
+        for outcome in done.outcomes.values():
+            if isinstance(outcome, Lost):
+                log.warning(
+                    "round %d: edge %s lost: %s", done.number + 1, outcome.edge, outcome.traceback or outcome.reason
+                )
+        self.display.round(record)
+
+    def stop_early(self) -> str | None:
+        """Why to stop now: the target is reached, or patience is at its end; None to go on."""
+        settings, losses = self.run.evaluate, [h["loss"] for h in self.point.history]
+        if not losses or self.point.history[-1]["round"] != self.point.start.round:
+            return None
+        if settings.target is not None and losses[-1] <= settings.target:
+            return f"validation loss {losses[-1]:.4f} reached evaluate.target {settings.target}"
+        since = len(losses) - 1 - losses.index(min(losses))
+        if settings.patience is not None and since >= settings.patience:
+            return f"no better validation loss for {since} evaluations (evaluate.patience)"
+        return None
+
+    def write(self, state: Message, status: str, tuned: dict[str, Any]) -> dict[str, Any]:
+        """Writes the adapter and summary.json; returns the summary."""
+        if self.method.base != "none":
+            export_adapter(self.folder.path / "adapter", self.server, state)
+        summary = {
+            "status": status,
+            "rounds": self.point.start.round,
+            "base": self.point.base,
+            "tuned": tuned,
+            "totals": self.point.totals,
+        }
+        self.folder.write_summary(summary)
+        return summary
+
+
+def export_adapter(folder: Path, server: Site, state: Message) -> None:
+    """Writes the first view of `state` as a PEFT adapter."""
+    weights = next(iter(server.method.weights(state, server).values()))
+    lora.save_adapter(folder, weights.spec, server.skeleton(weights.spec), weights.tensors, server.run.model.name)
+
+
+def extended(run: Run, before: Run) -> Run:
+    """`run` if only keys that may change on resume differ from `before`. Raises UserError naming the others."""
+    if training_hash(run) != training_hash(before):
+        changed = ", ".join(sorted(_differences(dataclasses.asdict(before), dataclasses.asdict(run))))
+        raise UserError(
+            f"resume cannot change {changed}; free keys are {', '.join(FREE_ON_RESUME)}; for others start a new run"
+        )
+    return run
+
+
+def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+    elif before != after:
+        yield at
+
+
+@contextmanager
+def stop_after_round() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, which asks for a stop after the round; the second one stops at once."""
+    asked: list[int] = []
+
+    def handle(signum: int, _: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+        log.warning("stopping after this round; once more stops at once")
+
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller owns the signals
+        before = {}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,287 @@
+"""The keys of a run file, as frozen dataclasses. A default is the setting that measured best in benchmarks/LOG.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import ConfigDict
+
+from .quantity import BitsPerSecond, Bytes, FlopPerSecond, Seconds
+
+
+class Section:
+    """Base of every section: pydantic checks its fields strictly and refuses keys it does not have."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ValueError(message) unless condition: for limits a type cannot say."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Section):
+    """Which pretrained model, and how it reaches an edge.
+
+    name: `builtin:tiny-llama`, a Hugging Face id, or a local folder. load: `node` = every edge loads `name` itself
+    (a path on its node, or the hub); `driver` = the driver loads it and ships weights and tokenizer through the object
+    store; `auto` = driver for builtin models, node for others. dtype: of the frozen weights; `auto` = float32 on CPU,
+    the checkpoint's own on GPU.
+    """
+
+    name: str = "builtin:tiny-llama"
+    revision: str | None = None
+    load: Literal["auto", "driver", "node"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition(Section):
+    """How one shared source is divided among the edges.
+
+    by: `edge` = not divided, every edge has a source of its own; `iid`; `dirichlet` (label skew, alpha over `column`
+    or the label); `shards` (sorted by `column` or label, `shards` pieces an edge); `column` (a natural split: the value
+    of `column` names or groups the edge); `size` (sizes from Dirichlet(alpha)); or `module:function`.
+    """
+
+    by: str = "edge"
+    alpha: float = 0.5
+    shards: int = 2
+    column: str | None = None
+
+    def __post_init__(self) -> None:
+        known = ("edge", "iid", "dirichlet", "shards", "column", "size")
+        require(
+            self.by in known or ":" in self.by,
+            f"partition.by: {self.by!r} is not one of {', '.join(known)}, or module:function",
+        )
+        require(self.alpha > 0, f"partition.alpha: {self.alpha} must be above 0")
+        require(self.shards >= 1, f"partition.shards: {self.shards} must be at least 1")
+        require(
+            self.by != "column" or self.column is not None,
+            "partition.by: column needs partition.column, a column's name",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Section):
+    """Private text of an edge (or the server's public text), and how a row becomes a training example.
+
+    source: `builtin:docstrings`, a path, folder or glob of JSONL, CSV or Parquet files, a URL that pyarrow knows
+    (s3://, gs://), or `hf:NAME`; `{edge}` in it is replaced by the edge's name. prompt, response: templates with
+    `{column}` fields; the causal loss counts response tokens only. messages: a column of chat messages, rendered by the
+    tokenizer's chat template. text: template of the input of a classifier; label: the column with its class; labels:
+    the class names in order (found in the data if empty). validation, test: a share of the rows, chosen by a hash of
+    the prompt, or a path of their own. limit: at most so many rows are read.
+    """
+
+    source: str = "builtin:docstrings"
+    format: Literal["auto", "jsonl", "csv", "parquet"] = "auto"
+    task: Literal["causal", "classification"] = "causal"
+    prompt: str | None = None
+    response: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    label: str | None = None
+    labels: list[str] = field(default_factory=list)
+    max_length: int = 256
+    validation: float | str = 0.05
+    test: float | str = 0.1
+    limit: int | None = None
+    partition: Partition = field(default_factory=Partition)
+
+    @property
+    def builtin(self) -> bool:
+        return self.source.startswith("builtin:")
+
+    def __post_init__(self) -> None:
+        shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
+        require(
+            all(0 <= share < 1 for share in shares) and sum(shares) < 1,
+            "data.validation, data.test: shares in [0, 1), together below 1",
+        )
+        require(self.max_length >= 8, f"data.max_length: {self.max_length} tokens are too few; at least 8")
+        require(self.limit is None or self.limit > 0, f"data.limit: {self.limit} must be above 0")
+        if self.task == "classification":
+            require(
+                self.text is not None and self.label is not None,
+                "data.task: classification needs data.text (a template such as '{title} {body}') "
+                "and data.label (a column)",
+            )
+        elif not self.builtin:
+            pair = self.prompt is not None and self.response is not None
+            require(
+                pair != (self.messages is not None),
+                "data: a causal task needs prompt and response (templates such as '{question}'), "
+                "or messages (a column), not both",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Section):
+    """One edge server: what Ray reserves for it, and what the virtual clock believes of it.
+
+    gpus: fraction of one GPU, or a number of GPUs; gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host
+    memory Ray reserves. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
+    latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ here, or
+    just a source. private_dir: where its private state rests (default: in the run folder).
+    """
+
+    gpus: float = 0.0
+    gpu_memory_bytes: Bytes | None = None
+    cpus: float = 1.0
+    memory_bytes: Bytes | None = None
+    resources: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)
+    compute_flops: FlopPerSecond = 50e9
+    uplink_bps: BitsPerSecond = 20e6
+    downlink_bps: BitsPerSecond = 100e6
+    latency_seconds: Seconds = 0.02
+    availability: float = 1.0
+    data: str | dict[str, Any] = field(default_factory=dict)
+    private_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.gpus >= 0 and self.cpus >= 0, f"gpus: {self.gpus} and cpus: {self.cpus} must not be negative")
+        require(
+            self.gpus <= 1 or self.gpus == int(self.gpus),
+            f"gpus: {self.gpus} must be a fraction below 1 or a whole number",
+        )
+        for name in ("compute_flops", "uplink_bps", "downlink_bps"):
+            require(getattr(self, name) > 0, f"{name}: {getattr(self, name)} must be above 0")
+        require(self.latency_seconds >= 0, f"latency_seconds: {self.latency_seconds} must not be negative")
+        require(0 < self.availability <= 1, f"availability: {self.availability} must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetSettings(Section):
+    """The edge servers. profiles: a YAML file of them; edges: the same, inline (the resolved form).
+
+    ray: one Ray actor an edge; false runs them one after another in this process, with the same bits. fraction: share
+    of the available edges asked each round.
+    """
+
+    profiles: str | None = None
+    edges: dict[str, Profile] = field(default_factory=dict)
+    ray: bool = True
+    address: str | None = None
+    fraction: float = 1.0
+    start_timeout_seconds: Seconds = 300.0
+    round_timeout_seconds: Seconds | None = None
+
+    def __post_init__(self) -> None:
+        require(0 < self.fraction <= 1, f"fleet.fraction: {self.fraction} must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Section):
+    """Training on an edge in one round: `steps` optimizer steps, or `epochs` over its rows.
+
+    batch: rows an optimizer step, split into `accumulate` parts. lr follows `schedule` over all rounds: warmup_steps
+    up, then constant, linear or cosine down to lr_floor x lr. precision: autocast; `auto` = bfloat16 on GPUs that have it.
+    threads: of torch, on every fleet; another count gives other bits.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 16
+    accumulate: int = 1
+    lr: float = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_floor: float = 0.1
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        require(self.steps is None or self.epochs is None, "local: give steps or epochs, not both")
+        for name in ("steps", "epochs", "batch", "accumulate", "lr", "clip", "threads"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"local.{name}: {value} must be above 0")
+        require(
+            self.accumulate <= self.batch,
+            f"local.accumulate: {self.accumulate} parts of a batch of {self.batch} rows; at most {self.batch}",
+        )
+        require(
+            self.warmup_steps >= 0 and self.weight_decay >= 0,
+            "local.warmup_steps, local.weight_decay: must not be negative",
+        )
+        require(0 <= self.lr_floor <= 1, f"local.lr_floor: {self.lr_floor} must lie in [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(Section):
+    """The server's own public data, for methods that align or distil on it."""
+
+    data: Data | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wire(Section):
+    """dtype: of tensors as sent, both ways; the server keeps float32."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Section):
+    """When and on what the edges evaluate: validation rows between rounds, test rows for base and tuned model.
+
+    every: rounds between evaluations (0: never); rows: at most so many an edge; generate: so many test rows an edge are
+    also answered in free text (ROUGE-L, exact match). keep: which round's adapter is exported. patience: stop after so
+    many evaluations without a better validation loss; target: stop when it is reached.
+    """
+
+    every: int = 1
+    batch: int = 32
+    rows: int | None = None
+    generate: int = 0
+    max_new_tokens: int = 64
+    answer: Literal["text", "gsm8k"] = "text"
+    keep: Literal["best", "last"] = "last"
+    patience: int | None = None
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"evaluate.every: {self.every} must not be negative")
+        require(self.batch > 0, f"evaluate.batch: {self.batch} must be above 0")
+        needs = self.keep == "best" or self.patience is not None or self.target is not None
+        require(self.every > 0 or not needs, "evaluate: keep: best, patience and target need evaluate.every above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track(Section):
+    """What the terminal shows: a live table, a plain line a round, or nothing; `auto` asks the terminal."""
+
+    display: Literal["auto", "live", "plain", "none"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Section):
+    """A whole run file. out: the run folder (default: runs/<name of the file>-<date and time>)."""
+
+    seed: int = 0
+    rounds: int = 6
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "lora"})
+    local: Local = field(default_factory=Local)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    wire: Wire = field(default_factory=Wire)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    track: Track = field(default_factory=Track)
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, f"rounds: {self.rounds} must be at least 1")
+        require(self.seed >= 0, f"seed: {self.seed} must not be negative")
+        require(bool(self.method.get("name")), "method: needs a name; `fedpipe methods` lists them")

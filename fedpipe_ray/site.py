@@ -1,0 +1,245 @@
+"""Site: where a method runs. An edge server with its profile, model, data and private state; the server is one too."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import lora
+from .config import edge_data
+from .costs import Cost, PeakMemory, training_flops, virtual_seconds
+from .data import EdgeData, Facts, inspect, open_data
+from .errors import DivergedError, UserError
+from .evaluate import Metrics, evaluate, generate
+from .message import Message
+from .methods.base import Method, Weights
+from .model import Base, empty_model, load_tokenizer
+from .randomness import rng_for
+from .report import Lost, Report
+from .settings import Data, Profile, Run
+from .train import train
+
+SERVER = "server"
+
+
+@dataclass
+class Progress:
+    """What an edge is doing right now, for the live table."""
+
+    status: str = "waiting"
+    step: int = 0
+    steps: int = 0
+    loss: float = float("nan")
+    tokens_per_second: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """An edge that passed its preflight. counts: rows read, kept, cut, dropped; fingerprint: of its encoded rows."""
+
+    edge: str
+    counts: dict[str, int]
+    fingerprint: str
+    device: str
+
+
+@dataclass
+class Site:
+    """Built from a run alone, so that it can be made again anywhere. load_base(classes) is called at first use."""
+
+    name: str
+    run: Run
+    method: Method
+    load_base: Callable[[Sequence[str]], Base]
+    private_dir: Path | None = None
+    classes: list[str] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+    private: Message | None = None
+    cost: Cost = field(default_factory=Cost)
+    train_loss: float = float("nan")
+    round: int = 0
+    _rests: dict[int, Message | None] = field(default_factory=dict)  # private state before round r
+
+    @property
+    def task(self) -> str:
+        """`causal` or `classification`."""
+        return self.run.data.task
+
+    @cached_property
+    def profile(self) -> Profile:
+        """What this edge is believed to be; the server has an unlimited one."""
+        return self.run.fleet.edges.get(self.name) or Profile(compute_flops=1e15, uplink_bps=1e12, downlink_bps=1e12)
+
+    @cached_property
+    def settings(self) -> Data:
+        """Where this site's rows come from. Raises UserError if the server has none."""
+        if self.name != SERVER:
+            return edge_data(self.run, self.name, self.profile)
+        if self.run.server.data is None:
+            raise UserError("server.data: this method needs public data on the server; give server.data a source")
+        return self.run.server.data
+
+    @cached_property
+    def base(self) -> Base:
+        """The frozen base model, loaded at first use."""
+        return self.load_base(self.classes)
+
+    @cached_property
+    def data(self) -> EdgeData:
+        """This site's own rows, encoded at first use."""
+        tokenizer = load_tokenizer(self.run.model) if "base" not in self.__dict__ else self.base.tokenizer
+        edges = list(self.run.fleet.edges)
+        name = "" if self.name == SERVER else self.name
+        return open_data(self.settings, name, edges, self.run.seed, tokenizer, self.classes)
+
+    def skeleton(self, spec: lora.LoraSpec) -> Any:
+        """The model with the adapter of `spec` on the meta device: names and shapes without weights."""
+        return lora.inject(empty_model(self.run.model, self.task, self.classes), spec)
+
+    def inspect(self) -> Facts:
+        """Whether this edge's source can be read at all, and which labels it holds. Raises UserError."""
+        return inspect(self.settings, self.name, list(self.run.fleet.edges), self.run.seed)
+
+    def prepare(self, classes: Sequence[str]) -> Ready:
+        """Loads model and rows before round 0. Raises UserError for what only this edge can see."""
+        torch.set_num_threads(self.run.local.threads)
+        self.classes = list(classes)
+        if self.method.base == "none":
+            return Ready(self.name, {}, "", "cpu")
+        self.progress.status = "loading"
+        device = str(self.base.device)
+        ready = Ready(self.name, self.data.counts, self.data.fingerprint, device)
+        self.progress.status = "ready"
+        return ready
+
+    def train(self, model: Any, rng: np.random.Generator, **changes: Any) -> None:
+        """This round's local steps on `model`, measured; `changes` replace fields of the run's `local`."""
+        local = dataclasses.replace(self.run.local, **changes)
+        torch.manual_seed(int(rng.integers(2**63)))  # for dropout; here, since attaching an adapter draws numbers too
+        started = time.perf_counter()
+
+        def on_step(step: int, steps: int, loss: float, tokens: int) -> None:
+            now = self.progress
+            now.status, now.step, now.steps, now.loss = "training", step, steps, loss
+            now.tokens_per_second = tokens / max(1e-9, time.perf_counter() - started)
+
+        done = train(
+            model, self.data.train, local, round=self.round, rounds=self.run.rounds, rng=rng, device=self.base.device,
+            pad_id=self.base.pad_id, classifier=self.task == "classification", on_step=on_step,
+        )  # fmt: skip
+        self.train_loss = done.loss
+        self.cost = dataclasses.replace(
+            self.cost, samples=self.cost.samples + done.samples, steps=self.cost.steps + done.steps,
+            tokens=self.cost.tokens + done.tokens, step_seconds=done.step_seconds,
+            flops=self.cost.flops + training_flops(model, done.tokens),
+        )  # fmt: skip
+
+    def evaluate(self, state: Message | None, split: str, answers: int = 0) -> Metrics:
+        """Metrics of a state (None: the base model) on this edge's rows; empty if the split has none.
+
+        Views of the state after the first are reported as `view.metric`.
+        """
+        torch.set_num_threads(self.run.local.threads)
+        self.progress.status = "evaluating"
+        views: dict[str, Weights | None] = {"base": None} if state is None else {**self.method.weights(state, self)}
+        metrics: Metrics = {}
+        for index, (name, weights) in enumerate(views.items()):
+            found = self._evaluate_view(weights, split, answers)
+            metrics |= found if index == 0 else {f"{name}.{key}": value for key, value in found.items()}
+        self.progress.status = "ready"
+        return metrics
+
+    def _evaluate_view(self, weights: Weights | None, split: str, answers: int) -> Metrics:
+        base, settings, rows = self.base, self.run.evaluate, getattr(self.data, split)
+        model, off = base.model, None
+        if weights is not None:
+            model = lora.attach(base, weights.spec)
+            lora.load(model, weights.tensors)
+        elif base.attached:
+            model = next(iter(base.attached.values()))
+            off = model.disable_adapter()
+        classes = len(self.classes) if self.task == "classification" else 0
+        try:
+            if off is not None:
+                off.__enter__()
+            metrics = evaluate(
+                model, rows, device=base.device, pad_id=base.pad_id, classes=classes, batch=settings.batch,
+                limit=settings.rows, precision=self.run.local.precision,
+            )  # fmt: skip
+            if answers and not classes:
+                metrics |= generate(
+                    model, base.tokenizer, rows, device=base.device, count=answers,
+                    max_new_tokens=settings.max_new_tokens, answer=settings.answer,
+                )  # fmt: skip
+        finally:
+            if off is not None:
+                off.__exit__(None, None, None)
+        return metrics
+
+    def private_before(self, round: int) -> Message | None:
+        """The private state this edge had before `round`: the same however often the round is tried."""
+        known = [r for r in self._rests if r <= round]
+        return self._rests[max(known)] if known else None
+
+    def keep_private(self, round: int) -> dict[str, str] | None:
+        """Makes `private` the state after `round`; on disk too, the last three kept. Returns path and SHA-256."""
+        self._rests = {r: m for r, m in self._rests.items() if r > round - 2} | {round + 1: self.private}
+        if self.private is None or self.private_dir is None:
+            return None
+        folder = Path(self.profile.private_dir or self.private_dir) / self.name
+        path = folder / f"round-{round + 1:04d}.safetensors"
+        digest = self.private.save(path)
+        for old in sorted(folder.glob("round-*.safetensors"))[:-3]:
+            old.unlink(missing_ok=True)
+        return {"path": str(path), "sha256": digest}
+
+    def restore(self, round: int, path: str, sha256: str) -> None:
+        """Takes up the private state of a checkpoint. Raises UserError if the file is gone or damaged."""
+        try:
+            self._rests = {round: Message.load(Path(path), sha256)}
+        except (OSError, ValueError) as error:
+            raise UserError(f"edge {self.name}: its private state cannot be restored: {error}") from None
+
+
+def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Message | None]:
+    """One edge's part of one round: (report, update). Never raises for what happens on the edge: that is a Lost.
+
+    Sets the thread count, so that the same (seed, round, edge) gives the same bits on every fleet; a
+    failed attempt leaves the private state as it was.
+    """
+    torch.set_num_threads(site.run.local.threads)
+    rng = rng_for(site.run.seed, round, site.name)
+    site.round, site.cost, site.train_loss = round, Cost(bytes_down=order.total_bytes), float("nan")
+    site.private = site.private_before(round)
+    site.progress.status, site.progress.step = "training", 0
+    started = time.perf_counter()
+    device = site.base.device if site.method.base != "none" else torch.device("cpu")
+    try:
+        with PeakMemory(device) as peak:
+            update = site.method.local_update(order, site, rng).to(site.run.wire.dtype)
+        up = update.total_bytes
+        spent = dataclasses.replace(
+            site.cost, seconds=time.perf_counter() - started, peak_memory_bytes=peak.bytes, bytes_up=up,
+            virtual_seconds=virtual_seconds(site.profile, site.cost.flops, site.cost.bytes_down, up),
+        )  # fmt: skip
+        site.progress.status, site.progress.memory_bytes = "done", peak.bytes
+        report = Report(site.name, round, float(spent.samples), site.train_loss, spent, site.keep_private(round))
+        return report, update
+    except DivergedError as error:
+        reason, trace = f"diverged: {error}", None
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason, trace = f"out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}", None
+    except Exception as error:  # whatever a method does wrong stays on its edge
+        reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
+    site.progress.status = "lost"
+    return Lost(site.name, reason, trace, dataclasses.replace(site.cost, seconds=time.perf_counter() - started)), None

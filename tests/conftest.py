@@ -1,0 +1,106 @@
+"""Settings for every test, made before anything imports ray or torch; what the caller has already set stays."""
+
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+DEFAULTS = {
+    "HF_HUB_OFFLINE": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor with num_gpus=0 sees no GPU
+    "RAY_AUTH_MODE": "disabled",  # no token file in HOME
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every listener on loopback
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for name, value in DEFAULTS.items():
+    os.environ.setdefault(name, value)
+
+settings.register_profile("fedpipe", deadline=None, derandomize=True)  # slow machines pass, and results repeat
+settings.load_profile("fedpipe")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread before each test and its fixtures: thread counts change bits. Does not itself import torch."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
+WORDS = "alpha beta gamma delta one two three four five six red green blue north south east west left right up".split()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 2 layers and width 32 with a word tokenizer, in plain Hugging Face layout."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, pad_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """{edge}.jsonl for edges a, b, c: prompts of three words, answered by a rule that a tiny model can learn."""
+    folder = tmp_path_factory.mktemp("data")
+    for edge, seed in (("a", 0), ("b", 1), ("c", 2)):
+        draw = random.Random(seed)
+        rows = []
+        for _ in range(40 + 20 * seed):
+            words = draw.choices(WORDS, k=3)
+            rows.append({"question": " ".join(words), "answer": words[0], "kind": "xyz"[draw.randrange(3)]})
+        (folder / f"{edge}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, model_dir: Path, data_dir: Path) -> Path:
+    """A run of three edges with data of their own, two rounds, in this process."""
+    path = tmp_path / "tiny.yaml"
+    edge = "{cpus: 0.1, compute_flops: 1GFLOP/s}"
+    path.write_text(f"""
+rounds: 2
+model: {{name: {model_dir}}}
+data: {{source: "{data_dir}/{{edge}}.jsonl", prompt: "{{question}}", response: "{{answer}}", max_length: 16, validation: 0.2, test: 0.2}}
+fleet:
+  ray: false
+  edges: {{a: {edge}, b: {edge}, c: {{cpus: 0.1, compute_flops: 500MFLOP/s, uplink_bps: 1Mbit/s}}}}
+method: {{name: lora, rank: 4, alpha: 8}}
+local: {{steps: 4, batch: 4, lr: 0.01}}
+""")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One private Ray on loopback for all tests of this process, in a temporary folder of its own."""
+    folder = tempfile.mkdtemp(prefix="fp-", dir="/tmp")  # short: Ray puts sockets in it
+    os.environ["RAY_TMPDIR"] = folder
+    import ray
+
+    from actors.connect import connect
+
+    connect("local")
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""What every method promises, on both fleets: METHODS is the list, so a new method is tested by being named there."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from runs import fleet_of, load
+
+from fedpipe_ray.loop import Start, federate, sample
+from fedpipe_ray.methods import METHODS, make_method
+from fedpipe_ray.randomness import rng_for
+from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.run import server_site
+from fedpipe_ray.settings import Run
+
+FLEETS = ["serial", "ray"]
+
+
+@pytest.fixture(params=sorted(METHODS))
+def run(request: pytest.FixtureRequest, run_file: Path) -> Run:
+    return load(run_file, f"method={{name: {request.param}}}")
+
+
+@pytest.mark.parametrize("kind", FLEETS)
+def test_state_improves_counts_and_survives_a_missing_edge(kind: str, run: Run, ray_here: None) -> None:
+    method = make_method(run.method)
+    fleet = fleet_of(kind, run, method)
+    try:
+        fleet.open()
+        server = server_site(run, method, [])
+        state = method.start(server, rng_for(run.seed, 0, "start"))
+        before = {name: metrics["loss"] for name, metrics in fleet.evaluate(None, "test").items()}
+        orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
+        assert list(orders) == list(fleet.edges)
+        reports = [report for report in fleet.run(orders, 0)]
+        assert [report.edge for report in reports] == list(orders)
+        assert all(isinstance(r, Report) and r.weight == 16 and r.cost.bytes_down == orders[r.edge].total_bytes for r in reports)
+        missing: list[Report | Lost] = [Lost("a", "gone"), *reports[1:]]
+        after = method.aggregate(state, missing, server, 0, rng_for(run.seed, 0, "aggregate"))
+        assert after.tensors.keys() == state.tensors.keys()
+        assert any(not torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
+        *_, last = federate(method, fleet, server, rounds=3, seed=run.seed, start=Start(after, 1))
+        quality = fleet.evaluate(last.state, "test")
+        assert sum(quality[name]["loss"] - before[name] for name in before) < 0
+    finally:
+        fleet.close()
+
+
+@pytest.mark.parametrize("kind", FLEETS)
+def test_same_order_same_bits(kind: str, run: Run, ray_here: None) -> None:
+    """An edge's answer is a function of (seed, round, edge, order), so that a retry changes nothing."""
+    method = make_method(run.method)
+    fleet = fleet_of(kind, run, method)
+    try:
+        fleet.open()
+        server = server_site(run, method, [])
+        state = method.start(server, rng_for(run.seed, 0, "start"))
+        orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
+        first = {r.edge: {k: t.clone() for k, t in r.message().tensors.items()} for r in fleet.run(orders, 0) if isinstance(r, Report)}
+        only_b = {"b": orders["b"]}
+        (again,) = [r for r in fleet.run(only_b, 0) if isinstance(r, Report)]
+        for name, tensor in again.message().tensors.items():
+            assert torch.equal(tensor, first["b"][name])
+    finally:
+        fleet.close()
+
+
+def test_all_lost_leaves_the_state(run: Run) -> None:
+    method = make_method(run.method)
+    server = server_site(run, method, [])
+    state = method.start(server, rng_for(run.seed, 0, "start"))
+    lost: list[Report | Lost] = [Lost("a", "gone"), Lost("b", "gone")]
+    after = method.aggregate(state, lost, server, 0, rng_for(run.seed, 0, "aggregate"))
+    assert all(torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
+
+
+def test_hyperparameters_are_frozen_and_described(run: Run) -> None:
+    method = make_method(run.method)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.rank = 3  # type: ignore[attr-defined]
+    assert type(method).__doc__
+
+
+def test_sampling_is_a_function_of_seed_and_round(run: Run) -> None:
+    edges = run.fleet.edges
+    draws = [tuple(sample(edges, 0.67, seed, round)) for seed in (0, 1) for round in range(20)]
+    assert draws == [tuple(sample(edges, 0.67, seed, round)) for seed in (0, 1) for round in range(20)]
+    assert {len(draw) for draw in draws} == {2}
+    assert len(set(draws)) == 3

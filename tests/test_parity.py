@@ -1,0 +1,46 @@
+"""SerialFleet and RayFleet give the same bits, the same bytes and the same virtual clock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from runs import fleet_of, load
+
+from fedpipe_ray.loop import Round, federate
+from fedpipe_ray.methods import make_method
+from fedpipe_ray.run import server_site
+
+
+def rounds_of(kind: str, path: Path, *overrides: str) -> list[Round]:
+    run = load(path, *overrides)
+    method = make_method(run.method)
+    fleet = fleet_of(kind, run, method)
+    try:
+        fleet.open()
+        server = server_site(run, method, list(getattr(fleet, "classes", [])))
+        return list(federate(method, fleet, server, rounds=run.rounds, seed=run.seed, fraction=run.fleet.fraction))
+    finally:
+        fleet.close()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("wire.dtype=bfloat16", "method.dropout=0.1", "fleet.fraction=0.67"),
+        ("model.load=driver", "local.precision=bfloat16", "local.accumulate=2"),
+    ],
+    ids=["plain", "bf16-wire-dropout-sampled", "shipped-model-autocast"],
+)
+def test_serial_and_ray_agree_bitwise(run_file: Path, ray_here: None, overrides: tuple[str, ...]) -> None:
+    serial = rounds_of("serial", run_file, *overrides)
+    on_ray = rounds_of("ray", run_file, *overrides)
+    assert len(serial) == len(on_ray) == 2
+    for one, other in zip(serial, on_ray, strict=True):
+        assert one.state.tensors.keys() == other.state.tensors.keys()
+        assert all(torch.equal(one.state.tensors[name], other.state.tensors[name]) for name in one.state.tensors)
+        assert one.evaluation == other.evaluation
+        assert (one.bytes_up, one.bytes_down, one.virtual_seconds) == (other.bytes_up, other.bytes_down, other.virtual_seconds)
+        assert one.train_loss == other.train_loss
