@@ -18,37 +18,47 @@ ALWAYS = {
 }
 
 
-def connect(address: str | None) -> bool:
-    """Connects this process to Ray; True if the cluster is ours to end. Raises ConnectionError with the remedy.
+def set_environment(address: str | None) -> str | None:
+    """Sets what Ray reads from the environment, and returns the address to use; None: a private cluster here.
 
-    Without an address, and outside a job, a cluster is started on this machine, on loopback, with a token that only
-    this process and its workers know. With an address the working directory's code is shipped; inside a job the job's
-    own `--working-dir` does that.
+    Ray reads some of it while it is imported, so this comes first: mixed settings fail misleadingly. A private cluster
+    is on loopback, with a token that only this process and its workers know.
     """
     for key, value in ALWAYS.items():
         os.environ.setdefault(key, value)
-    address = address or os.environ.get("RAY_ADDRESS")
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if not address or address == "local":
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is None or address == "local":
         for key, value in LOCAL.items():
             os.environ.setdefault(key, value)
         if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        return None
+    return address
+
+
+def connect(address: str | None) -> bool:
+    """Connects this process to Ray; True if the cluster is ours to end. Raises ConnectionError with the remedy.
+
+    Without an address, and outside a job, a cluster is started on this machine. With an address the code of this
+    project is shipped; inside a job the job's own `--working-dir` does that.
+    """
+    address = set_environment(address)
     import ray
 
     if ray.is_initialized():
         return False
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     try:
-        if not address or address == "local":
-            ray.init(address="local", include_dashboard=False, **quiet)
+        if address is None:
+            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return True
         code = None if inside_job else {"working_dir": str(Path(__file__).resolve().parent.parent)}
-        ray.init(address=None if inside_job else address, runtime_env=code, **quiet)
+        where = None if inside_job else address
+        ray.init(address=where, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         mode = os.environ.get("RAY_AUTH_MODE", "unset")
         raise ConnectionError(
-            f"fleet.address: no Ray cluster at {address!r}: {error} "
+            f"fleet.address: no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]} "
             f"(RAY_AUTH_MODE is {mode}; it must be that of the cluster)"
         ) from error
     return False

@@ -6,12 +6,17 @@ Names load on first use, so that `import fedpipe_ray` costs nothing.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .fleet import SerialFleet
     from .loop import Round, federate
     from .message import Message
+
+# Set before anything imports bitsandbytes, which else warns every process that the package `kernels` is missing (with
+# it, code would be downloaded at import).
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __version__ = "0.1.0"
 __all__ = ["Message", "Round", "SerialFleet", "federate"]

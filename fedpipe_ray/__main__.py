@@ -109,6 +109,9 @@ def siblings() -> None:
 def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
     """Ray actors, or this process."""
     if run.fleet.ray:
+        from actors.connect import set_environment
+
+        set_environment(run.fleet.address)
         from actors.fleet import RayFleet
 
         return RayFleet(run, method, private_dir.resolve())

@@ -15,6 +15,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .config import edge_data
 from .settings import Run
 
 if TYPE_CHECKING:
@@ -88,7 +89,6 @@ class Display:
     @contextmanager
     def rounds(self, fleet: Fleet, total: int, done: int) -> Iterator[None]:
         """The live table and a bar of the rounds."""
-        self._bar.stop()
         bar = self._bar.add_task("rounds", total=total, completed=done, info="")
         self._rounds = bar
         try:
@@ -133,9 +133,7 @@ class Display:
                 name, justify="left" if name in ("edge", "data", "device") else "right", no_wrap=name == "edge"
             )
         for one in ready:
-            data = run.fleet.edges[one.edge].data
-            source = data if isinstance(data, str) else str(data.get("source", run.data.source))
-            self.sources[one.edge] = shortened(source)
+            self.sources[one.edge] = shortened(edge_data(run, one.edge, run.fleet.edges[one.edge]).source)
             counts = one.counts
             dropped = sum(value for key, value in counts.items() if key.startswith("dropped"))
             cells = [counts.get(key, 0) for key in ("train", "validation", "test", "truncated")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 import warnings
@@ -155,11 +156,25 @@ def _where(settings: Model) -> dict[str, Any]:
         from .pretrain import builtin_model
 
         name = str(builtin_model(name.removeprefix("builtin:")))
+    elif name.startswith("package:"):
+        name = str(package_folder(name.removeprefix("package:")))
     return {
         "pretrained_model_name_or_path": name,
         "revision": settings.revision or "main",
         "trust_remote_code": settings.trust_remote_code,
     }
+
+
+def package_folder(place: str) -> Path:
+    """The folder of `PACKAGE/FOLDER` inside an installed Python package. Raises UserError."""
+    package, _, inside = place.partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"model.name: package {package} is not installed; pip install it, or name another model")
+    folder = Path(found.submodule_search_locations[0]) / inside
+    if not folder.is_dir():
+        raise UserError(f"model.name: no folder {inside!r} in package {package} at {folder.parent}")
+    return folder
 
 
 def _loading(settings: Model, load: Any) -> Any:

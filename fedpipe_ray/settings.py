@@ -26,7 +26,8 @@ def require(condition: bool, message: str) -> None:
 class Model(Section):
     """Which pretrained model, and how it reaches an edge.
 
-    name: `builtin:tiny-llama`, a Hugging Face id, or a local folder. load: `node` = every edge loads `name` itself
+    name: `builtin:tiny-llama`, a Hugging Face id, a local folder, or `package:NAME/FOLDER`, a folder inside an installed
+    Python package. load: `node` = every edge loads `name` itself
     (a path on its node, or the hub); `driver` = the driver loads it and ships weights and tokenizer through the object
     store; `auto` = driver for builtin models, node for others. dtype: of the frozen weights; `auto` = float32 on CPU,
     the checkpoint's own on GPU.
@@ -183,7 +184,7 @@ class Local(Section):
     """Training on an edge in one round: `steps` optimizer steps, or `epochs` over its rows.
 
     batch: rows an optimizer step, split into `accumulate` parts. lr follows `schedule` over all rounds: warmup_steps
-    up, then constant, linear or cosine down to lr_floor x lr. precision: autocast; `auto` = bfloat16 on GPUs that have it.
+    up, then constant, linear or cosine down to lr_floor x lr. precision: autocast; `auto` = bfloat16 on GPUs with it.
     threads: of torch, on every fleet; another count gives other bits.
     """
 

@@ -123,9 +123,9 @@ class Encoder:
         """What the tokenizer puts before and after a text by itself."""
         plain, whole = (list(self.tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
         for start in range(len(whole) - len(plain) + 1):
-            if whole[start : start + len(plain)] == plain:
+            if plain and whole[start : start + len(plain)] == plain:
                 return whole[:start], whole[start + len(plain) :]
-        return [], []
+        return ([self.tokenizer.bos_token_id] if whole[:1] == [self.tokenizer.bos_token_id] else []), []
 
     # -- rows of text
 

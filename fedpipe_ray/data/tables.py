@@ -25,7 +25,7 @@ from .docstrings import read_pairs
 from .files import File, find_files
 
 BATCH_ROWS = 1024
-BATCH_BYTES = 2 << 20  # of text in a batch: a fast tokenizer takes some 50 bytes for each of them
+BATCH_BYTES = 512 << 10  # of text in a batch: a fast tokenizer takes some 50 bytes for each of them
 BLOCK_BYTES = 16 << 20  # of a CSV file: one row must fit in
 LINE_BYTES = 64 << 20  # of a JSONL file
 DELIMITERS = (",", ";", "\t")
