@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 from pathlib import Path
 
 LOCAL = {
@@ -16,6 +17,7 @@ ALWAYS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an edge without GPU sees none
     "TOKENIZERS_PARALLELISM": "false",
 }
+KNOCK_SECONDS = 10.0
 
 
 def set_environment(address: str | None) -> str | None:
@@ -49,16 +51,25 @@ def connect(address: str | None) -> bool:
         return False
     inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     try:
+        if address is not None and not inside_job:
+            knock(address)
         if address is None:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return True
         code = None if inside_job else {"working_dir": str(Path(__file__).resolve().parent.parent)}
         where = None if inside_job else address
         ray.init(address=where, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         mode = os.environ.get("RAY_AUTH_MODE", "unset")
         raise ConnectionError(
             f"fleet.address: no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]} "
             f"(RAY_AUTH_MODE is {mode}; it must be that of the cluster)"
         ) from error
     return False
+
+
+def knock(address: str) -> None:
+    """Raises OSError if nobody listens at HOST:PORT; Ray itself would try for minutes."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()

@@ -88,7 +88,7 @@ class RayFleet:
             report_ref, update_ref = sent.pop(name)
             report = self._await(name, report_ref)
             if isinstance(report, Report):
-                report.fetch = partial(ray.get, update_ref)
+                report.fetch = partial(fetched, update_ref)
                 if report.private is not None:
                     self.private[name] = (round + 1, report.private)
             del update_ref
@@ -215,6 +215,12 @@ class RayFleet:
                     log.warning("edge %s starts with fresh private state: %s", name, answer.reason)
 
 
+def fetched(ref: Any) -> Message:
+    """The message behind a reference: views on the object store. Raises RayError if it is gone."""
+    message: Message = ray.get(ref)
+    return message
+
+
 def split(orders: Mapping[str, Message]) -> tuple[dict[str, Any], dict[str, Message]]:
     """(tensors that are the same object in every order, the rest of each order): what to put once, what to send."""
     messages: Sequence[Message] = list(orders.values())
@@ -228,6 +234,8 @@ def split(orders: Mapping[str, Message]) -> tuple[dict[str, Any], dict[str, Mess
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error that says something."""
+    """The line of an error that says most: the first, or the last of an actor that could not be made."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "creation task" in lines[0]:
+        return f"it could not be made: {lines[-1]}"
     return lines[0] if lines else type(error).__name__

@@ -36,16 +36,19 @@ def actor_options(name: str, profile: Profile) -> dict[str, Any]:
 
 
 def unplaceable(profiles: Mapping[str, Profile], nodes: Sequence[Node]) -> list[str]:
-    """A line for every edge that finds no room, largest edges placed first; empty if all fit together.
+    """A line for every edge that finds no room; empty if all fit together.
 
-    First fit over whole nodes: an edge never spans two. What other jobs use at the moment is not looked at.
+    First fit over whole nodes, an edge never spans two. Edges that few nodes can hold go first, lest another takes
+    their place; then large ones. What other jobs use at the moment is not looked at.
     """
+    lines = [f"edge {name}: {fault}" for name, profile in profiles.items() if (fault := _unknown_to_ray(profile))]
+    if lines:
+        return lines
     left = [dict(node.resources) for node in nodes]
-    lines = []
-    for name, profile in sorted(profiles.items(), key=lambda item: _size(item[1]), reverse=True):
+    for name, profile in sorted(profiles.items(), key=lambda item: _urgency(item[1], nodes)):
         wanted = demand(profile)
         fitting = [i for i, node in enumerate(nodes) if _labelled(node, profile)]
-        place = next((i for i in fitting if all(left[i].get(k, 0.0) + 1e-9 >= v for k, v in wanted.items())), None)
+        place = next((i for i in fitting if _holds(left[i], wanted)), None)
         if place is None:
             lines.append(_refusal(name, profile, wanted, nodes, [nodes[i] for i in fitting]))
             continue
@@ -54,8 +57,27 @@ def unplaceable(profiles: Mapping[str, Profile], nodes: Sequence[Node]) -> list[
     return lines
 
 
-def _size(profile: Profile) -> tuple[float, float, float]:
-    return (profile.gpus, profile.cpus, float(profile.memory_bytes or 0))
+def _unknown_to_ray(profile: Profile) -> str | None:
+    """Which demand of an edge Ray has no words for; None if there is none."""
+    keys = {"CPU": "cpus", "GPU": "gpus", "memory": "memory_bytes", "object_store_memory": "memory_bytes"}
+    for key in profile.resources:
+        if key in keys:
+            return f"resources.{key} is a key of its own: {keys[key]}; give that instead"
+    for key, amount in demand(profile).items():
+        if round(amount, 4) != amount:
+            return f"{_key(key)} {amount:g} is finer than the 0.0001 that Ray counts in; round it"
+    return None
+
+
+def _urgency(profile: Profile, nodes: Sequence[Node]) -> tuple[float, ...]:
+    """Small for an edge that must be placed early."""
+    wanted = demand(profile)
+    homes = sum(_labelled(node, profile) and _holds(node.resources, wanted) for node in nodes)
+    return (homes, -profile.gpus, -profile.cpus, -float(profile.memory_bytes or 0))
+
+
+def _holds(resources: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
+    return all(resources.get(name, 0.0) + 1e-9 >= amount for name, amount in wanted.items())
 
 
 def _labelled(node: Node, profile: Profile) -> bool:
@@ -78,6 +100,10 @@ def _refusal(
                 f"edge {name}: {_key(key)} {_amount(key, amount)} is more than any node has ({_amount(key, most)}); "
                 "lower it in its profile, or add such a node"
             )
+    if not any(_holds(node.resources, wanted) for node in fitting):
+        return (
+            f"edge {name}: no node has {_listed(wanted)} together; lower one of them in its profile, or add such a node"
+        )
     offer = {key: sum(node.resources.get(key, 0.0) for node in fitting) for key in wanted}
     return (
         f"edge {name}: no room left for {_listed(wanted)} beside the other edges; "

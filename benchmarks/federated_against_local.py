@@ -34,7 +34,9 @@ def trained(run: Run, edges: list[str]) -> Message:
     method = make_method(part.method)
     fleet = SerialFleet(part, method)
     fleet.open()
-    *_, last = federate(method, fleet, server_site(part, method, []), rounds=part.rounds, seed=part.seed, evaluate_every=0)
+    *_, last = federate(
+        method, fleet, server_site(part, method, []), rounds=part.rounds, seed=part.seed, evaluate_every=0
+    )
     return last.state
 
 
@@ -50,7 +52,8 @@ def main(seeds: list[int]) -> None:
             found = judge.evaluate(trained(run, edges) if edges else None, "test")
             metrics = {name: m for name, m in found.items() if not isinstance(m, Lost)}
             rows.append({
-                "adapter": who, "seed": seed, "mean loss": combine(metrics)["loss"], "perplexity": combine(metrics)["perplexity"],
+                "adapter": who, "seed": seed, "mean loss": combine(metrics)["loss"],
+                "perplexity": combine(metrics)["perplexity"],
                 **{f"loss on {name}": metrics[name]["loss"] for name in names},
             })  # fmt: skip
             print(rows[-1], flush=True)

@@ -27,16 +27,18 @@ def main(folder: Path) -> None:
         for seed in (0, 1, 2):
             with tempfile.TemporaryDirectory() as place:
                 command = [
-                    sys.executable, "-m", "fedpipe_ray", "run", f"examples/{example}.yaml", f"data.source={folder / file}",
-                    f"seed={seed}", "fleet.ray=false", "local.threads=2", "--out", f"{place}/run",
+                    sys.executable, "-m", "fedpipe_ray", "run", f"examples/{example}.yaml",
+                    f"data.source={folder / file}", f"seed={seed}", "fleet.ray=false", "local.threads=2",
+                    "--out", f"{place}/run",
                 ]  # fmt: skip
                 subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
                 summary = json.loads((Path(place) / "run" / "summary.json").read_text())
             before, after = summary["base"]["global"], summary["tuned"]["global"]
             metric = "accuracy" if "accuracy" in after else "perplexity"
             rows.append({
-                "example": example, "seed": seed, "base loss": before["loss"], "tuned loss": after["loss"], "metric": metric,
-                "base": before[metric], "tuned": after[metric], "rounds s": summary["totals"]["wall_seconds"],
+                "example": example, "seed": seed, "base loss": before["loss"], "tuned loss": after["loss"],
+                "metric": metric, "base": before[metric], "tuned": after[metric],
+                "rounds s": summary["totals"]["wall_seconds"],
             })  # fmt: skip
             publish("real_files", "Examples on real files: test rows, mean over the edges", rows, seeds=[0, 1, 2])
 

@@ -1,6 +1,6 @@
 """How long until something answers? Targets: `import fedpipe_ray` 0.1 s, `fedpipe --help` 0.5 s.
 
-    python -m benchmarks.start_up
+python -m benchmarks.start_up
 """
 
 from __future__ import annotations

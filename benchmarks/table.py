@@ -26,18 +26,32 @@ def publish(name: str, question: str, rows: Sequence[Mapping[str, Any]], **facts
     for row in rows:
         table.add_row(*[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
     Console(width=140).print(table)
-    record = {"question": question, "date": date.today().isoformat(), "commit": commit(), **machine(), **facts, "rows": list(rows)}
+    record = {
+        "question": question,
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        **machine(),
+        **facts,
+        "rows": list(rows),
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def commit() -> str:
     """The commit measured, with `+` if the tree differs from it."""
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    )
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=HERE, capture_output=True, text=True, check=False)
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def machine() -> dict[str, Any]:
     """The machine measured on, and how busy it was when the benchmark ended."""
-    return {"machine": platform.machine(), "cpus": os.cpu_count(), "python": platform.python_version(), "load": os.getloadavg()[0]}
+    return {
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }

@@ -33,12 +33,6 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
-def timed(work: object) -> tuple[float, object]:
-    began = time.perf_counter()
-    result = work()  # type: ignore[operator]
-    return 1e3 * (time.perf_counter() - began), result
-
-
 def main() -> None:
     """Measures put, get, and the driver's memory."""
     from actors.connect import connect, set_environment
@@ -51,16 +45,21 @@ def main() -> None:
     from fedpipe_ray.methods import make_method
 
     connect(None)
-    tensor = torch.rand(SIZE // 4)
-    message, target = Message({"w": tensor}), torch.empty_like(tensor)
     copies, puts, gets = [], [], []
+    tensor = torch.rand(SIZE // 4)
+    target = torch.empty_like(tensor)
     for _ in range(REPEATS):
-        copies.append(timed(lambda: target.copy_(tensor))[0])
-        took, ref = timed(lambda: ray.put(message))
-        puts.append(took)
-        gets.append(timed(lambda ref=ref: ray.get(ref))[0])  # type: ignore[misc]
+        began = time.perf_counter()
+        target.copy_(tensor)
+        copies.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        ref = ray.put(Message({"w": tensor}))
+        puts.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        ray.get(ref)
+        gets.append(time.perf_counter() - began)
         del ref
-    del tensor, message, target
+    del tensor, target
     run = build(Run, {**settings(EDGES, 0.05, SIZE), "rounds": 3})
     method = make_method(run.method)
     fleet = RayFleet(run, method)
@@ -72,11 +71,13 @@ def main() -> None:
             peak[0] = max(peak[0], anonymous_bytes())
 
     threading.Thread(target=watch, daemon=True).start()
-    seconds = [done.wall_seconds for done in federate(method, fleet, server_site(run, method, []), rounds=3, seed=0, evaluate_every=0)]
+    rounds = federate(method, fleet, server_site(run, method, []), rounds=3, seed=0, evaluate_every=0)
+    seconds = [done.wall_seconds for done in rounds]
     stop.set()
     fleet.close()
+    copy, put = median(copies), median(puts)
     rows = [{
-        "copy ms": median(copies), "put ms": median(puts), "get ms": median(gets), "put / copy": median(puts) / median(copies),
+        "copy ms": 1e3 * copy, "put ms": 1e3 * put, "get ms": 1e3 * median(gets), "put / copy": put / copy,
         f"round of {EDGES} x 100 MB, s": median(seconds[1:]), "driver peak, updates": (peak[0] - before) / SIZE,
     }]  # fmt: skip
     publish("update_transfer", "A 100 MB update", rows, repeats=REPEATS)

@@ -30,12 +30,19 @@ def find_profiles(name: str, folder: Path) -> dict[str, Any]:
             + (f"unknown key {odd[0]}" if odd else "it has none")
         )
     defaults = tree.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        raise UserError(f"{path}: defaults: {defaults!r} is no profile, a mapping of keys such as cpus")
     edges: dict[str, Any] = {}
     for edge, own in tree["edges"].items():
+        if not isinstance(own, dict | None):
+            raise UserError(f"{path}: edges.{edge}: {own!r} is no profile, a mapping of keys such as cpus")
         own = dict(own or {})
         count = own.pop("count", None)
         if count is not None and not (isinstance(count, int) and count > 0):
             raise UserError(f"{path}: edges.{edge}.count: {count!r} must be a whole number above 0")
         names = [str(edge)] if count is None else [f"{edge}-{i}" for i in range(count)]
+        twice = edges.keys() & names
+        if twice:
+            raise UserError(f"{path}: edges.{edge}: {min(twice)} stands twice; give one of them another name")
         edges |= {one: {**defaults, **own} for one in names}
     return edges

@@ -68,9 +68,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; key=value may also stand after a flag, where argparse alone no longer takes it."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    late = [one for one in rest if "=" in one and not one.startswith("-") and hasattr(options, "overrides")]
+    if late != rest:
+        top.error(f"unrecognized arguments: {' '.join(one for one in rest if one not in late)}")
+    if late:
+        options.overrides += late
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 every edge lost, 128 + signal when stopped."""
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         siblings()
@@ -80,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except AllEdgesLost as error:
         print(
-            f"fedpipe: {error}\nThe checkpoint before this round is kept; mend the cause, then fedpipe resume",
+            f"fedpipe: {error}\nThe checkpoint before this round is kept: mend the cause on the edges and "
+            "fedpipe resume, or start a new run with other settings",
             file=sys.stderr,
         )
         return 3
@@ -117,7 +130,7 @@ def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
         return RayFleet(run, method, private_dir.resolve())
     from .fleet import SerialFleet
 
-    return SerialFleet(run, method, private_dir)
+    return SerialFleet(run, method, private_dir.resolve())
 
 
 def load(config: Path, overrides: Sequence[str]) -> Run:
@@ -125,25 +138,19 @@ def load(config: Path, overrides: Sequence[str]) -> Run:
     from clusters import find_profiles
 
     from .config import load_run
+    from .methods import make_method
 
-    return load_run(config, overrides, find_profiles)
-
-
-def prepare_model(run: Run, display: Display) -> None:
-    """Pretrains the built-in model if it is not in the cache, with a bar."""
-    if run.model.name.startswith("builtin:"):
-        from .pretrain import builtin_model
-
-        with display.task("pretraining the built-in model, once") as bar:
-            builtin_model(
-                run.model.name.removeprefix("builtin:"), lambda step, steps, loss: bar(step, steps, f"loss {loss:.2f}")
-            )
+    run = load_run(config, overrides, find_profiles)
+    make_method(run.method)  # its faults before anything is loaded or pretrained
+    return run
 
 
 def set_up_logging(display: Display, file: Path | None) -> None:
     """Warnings of the run go to the screen, everything to the run's log."""
     log = logging.getLogger("fedpipe")
     log.setLevel(logging.INFO)
+    for handler in log.handlers:
+        handler.close()
     log.handlers[:] = [display.handler()]
     if file is not None:
         to_file = logging.FileHandler(file)
@@ -170,19 +177,20 @@ def command_run(options: argparse.Namespace) -> None:
     display = Display(run.track.display)
     path = new_folder(run, options)
     RunFolder.check_free(path)
-    prepare_model(run, display)
-    preflight(run)
+    method = preflight(run)
     folder = RunFolder.create(path, run)
     set_up_logging(display, path / "log.txt")
     display.note(f"run folder {path}")
     try:
-        experiment = Experiment(run, folder, make_fleet, display)
+        experiment = Experiment(run, method, folder, make_fleet, display)
         with closing(experiment.fleet):
             experiment.begin(training_hash(run))
             summary = go_on(experiment, display, path)
     except BaseException:
         folder.discard_if_not_begun()
         raise
+    finally:
+        folder.close()
     display.finish(summary, str(path))
 
 
@@ -190,26 +198,23 @@ def command_resume(options: argparse.Namespace) -> None:
     """A run goes on from its last checkpoint."""
     from .display import Display
     from .record import RunFolder, environment_changes
-    from .run import Experiment, extended
+    from .run import Experiment, extended, preflight
 
-    folder = RunFolder.open(options.folder)
-    before = folder.run()
-    run = extended(folder.run(options.overrides), before)
-    display = Display(run.track.display)
-    folder.lock()
-    set_up_logging(display, folder.path / "log.txt")
-    point = folder.load_checkpoint()
-    if point.start.round >= run.rounds:
-        raise UserError(f"{folder.path} has all its {run.rounds} rounds; extend it with rounds={2 * run.rounds}")
-    for change in environment_changes(folder, run):
-        logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
-    prepare_model(run, display)
-    display.note(f"resuming {folder.path} after round {point.start.round}")
-    experiment = Experiment(run, folder, make_fleet, display)
-    with closing(experiment.fleet):
-        experiment.resume(point)
-        folder.rewrite_config(run)
-        summary = go_on(experiment, display, folder.path)
+    with contextlib.closing(RunFolder.open(options.folder)) as folder:
+        run = folder.run(options.overrides)
+        display = Display(run.track.display)
+        folder.lock()
+        set_up_logging(display, folder.path / "log.txt")
+        point = folder.load_checkpoint()
+        run = extended(run, folder, point)
+        for change in environment_changes(folder, run):
+            logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
+        display.note(f"resuming {folder.path} after round {point.start.round}")
+        experiment = Experiment(run, preflight(run), folder, make_fleet, display)
+        with closing(experiment.fleet):
+            experiment.resume(point)
+            folder.rewrite_config(run)
+            summary = go_on(experiment, display, folder.path)
     display.finish(summary, str(folder.path))
 
 
@@ -223,13 +228,18 @@ def go_on(experiment: Any, display: Display, path: Path) -> dict[str, Any]:
 
 
 def closing(fleet: Fleet) -> contextlib.closing[Fleet]:
-    """Ends the fleet whatever happens; SIGTERM before and after the rounds ends the program the same way."""
+    """Ends the fleet whatever happens, also on SIGTERM before and after the rounds."""
+    clean_up_on_sigterm()
+    return contextlib.closing(fleet)
+
+
+def clean_up_on_sigterm() -> None:
+    """SIGTERM ends the program by an exception, as SIGINT does, so that nothing half-made stays."""
 
     def stop(signum: int, _: Any) -> None:
         raise Interrupted(signum)
 
     signal.signal(signal.SIGTERM, stop)
-    return contextlib.closing(fleet)
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
@@ -261,6 +271,7 @@ def command_export(options: argparse.Namespace) -> None:
 
     display = Display()
     set_up_logging(display, None)
+    clean_up_on_sigterm()
     export_run(options.folder, options.out, options.merge)
     what = "merged model" if options.merge else "adapter"
     display.note(f"wrote the {what} to {options.out}")
@@ -282,15 +293,13 @@ def command_methods(_: argparse.Namespace) -> None:
 
 def command_check(options: argparse.Namespace) -> None:
     """Configuration, model, targets and the data this machine can see; no actor, no training."""
+    run = load(options.config, options.overrides)  # before torch is imported, so that a mistake shows at once
     from .display import Display
     from .results import check_data
-
-    run = load(options.config, options.overrides)
-    display = Display()
-    set_up_logging(display, None)
-    prepare_model(run, display)
     from .run import preflight
 
+    display = Display()
+    set_up_logging(display, None)
     method = preflight(run)
     for line in check_data(run, method):
         display.note(line)

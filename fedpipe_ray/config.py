@@ -25,20 +25,33 @@ FREE_ON_RESUME = ("rounds", "track", "out", "evaluate.keep", "evaluate.patience"
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 6e-3 as a number (YAML 1.1 needs a dot) and refuses a key that stands twice."""
+    """SafeLoader that reads 6e-3 as a number (YAML 1.1 needs a dot), keys as text, and refuses a key that stands twice.
+
+    An edge may be called `no` or `1e5`, which as values are false and a number.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key, _ in node.value:
-            if key.value in seen and key.value != "<<":
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value in seen:
                 raise UserError(f"key {key.value!r} stands twice, again in line {key.start_mark.line + 1}; remove one")
             seen.add(key.value)
+            key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what _Loader would take for a number, such as the revision 7e10."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -68,7 +81,9 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             raise UserError(f"{override!r} is not key=value; write for example local.lr=1e-3")
         node, parts = tree, key.split(".")
         for part in parts[:-1]:
-            node = node.setdefault(part, {})
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
             if not isinstance(node, dict):
                 raise UserError(f"{override!r}: {part} is a value, not a section; set {part}=... itself")
         try:
@@ -97,8 +112,19 @@ def _explain(cls: type, item: dict[str, Any], where: str) -> str:
         return f"unknown key {dotted}; {hint}"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if item["type"] == "value_error" and isinstance(item["input"], Mapping | list):
-        return f"{where}: {message}" if where and not message.startswith(where) else message
+        return _located(message, dotted)
+    message = message.replace("an object", "a mapping of keys").replace("valid array", "list")
     return f"{dotted}: {item['input']!r} is not valid: {message[:1].lower()}{message[1:]}"
+
+
+def _located(message: str, dotted: str) -> str:
+    """A message of __post_init__, which begins with a key, under the dotted name of the section it came from."""
+    section = dotted.rpartition(".")[2]
+    if not dotted or message.startswith((f"{dotted}.", f"{dotted}:", f"{dotted},")):
+        return message
+    if message.startswith((f"{section}.", f"{section}:")):
+        return f"{dotted}{message[len(section) :]}"
+    return f"{dotted}.{message}" if re.match(r"[a-z_]+(\.\S+)?: ", message) else f"{dotted}: {message}"
 
 
 def _keys_at(cls: object, path: Sequence[str]) -> set[str]:
@@ -120,9 +146,10 @@ def load_run(path: Path, overrides: Sequence[str], find_profiles: Callable[[str,
     """
     tree = apply_overrides(read_yaml(path), overrides)
     fleet = tree.get("fleet")
-    if isinstance(fleet, dict) and isinstance(fleet.get("profiles"), str) and not fleet.get("edges"):
-        profiles = find_profiles(fleet["profiles"], path.parent)
-        tree["fleet"] = {**fleet, "edges": _overlay(profiles, fleet.get("edges") or {})}
+    if isinstance(fleet, dict) and isinstance(fleet.get("profiles"), str):
+        profiles, own = find_profiles(fleet["profiles"], path.parent), fleet.get("edges") or {}
+        if isinstance(own, dict):
+            tree["fleet"] = {**fleet, "edges": _overlay(profiles, own, fleet["profiles"])}
     run = build(Run, tree)
     if not run.fleet.edges:
         raise UserError(
@@ -131,8 +158,15 @@ def load_run(path: Path, overrides: Sequence[str], find_profiles: Callable[[str,
     return resolve(run)
 
 
-def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    return {**below, **above}
+def _overlay(profiles: Mapping[str, Any], own: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """The profiles of a file, with the keys that `own` has for some of the edges over theirs. Raises UserError."""
+    odd = [name for name in own if name not in profiles]
+    if odd:
+        near = difflib.get_close_matches(odd[0], profiles, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(profiles)}"
+        raise UserError(f"fleet.edges: no edge {odd[0]} in {file}; {hint}")
+    laid = {name: {**profiles[name], **keys} if isinstance(keys, dict) else keys for name, keys in own.items()}
+    return {**profiles, **laid}
 
 
 # The built-in corpus has one installed package an edge, in this order, unless the profile names another.
@@ -145,6 +179,8 @@ def resolve(run: Run) -> Run:
     for index, (name, profile) in enumerate(run.fleet.edges.items()):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise UserError(f"edge name {name!r}: use letters, digits, '.', '_' and '-'; it names files and folders")
+        if name == "server":
+            raise UserError("edge name 'server': it is the server's own; give the edge another name")
         source = edge_data(run, name, profile).source
         if source == "builtin:docstrings":
             if index >= len(PACKAGES):
@@ -175,7 +211,8 @@ def edge_data(run: Run, name: str, profile: Profile) -> Data:
 
 def to_yaml(run: Run) -> str:
     """The resolved run as YAML that `load_run` reads back to an equal value."""
-    return yaml.safe_dump(dataclasses.asdict(run), sort_keys=False, allow_unicode=True, width=120)
+    tree = dataclasses.asdict(run)
+    return str(yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def training_hash(run: Run) -> str:

@@ -44,9 +44,10 @@ def virtual_seconds(profile: Profile, flops: float, bytes_down: int, bytes_up: i
 def matmul_parameters(model: nn.Module) -> tuple[int, int]:
     """(frozen, trained) parameters that take part in matrix products; embedding look-ups are not among them."""
     frozen = trained = 0
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.ndim == 2 and not isinstance(module, nn.Embedding):
+    for name, module in model.named_modules():
+        weight = dict(module.named_parameters(recurse=False)).get("weight")  # an adapter's `weight` is its base layer's
+        replaced = "original_module" in name.split(".")  # PEFT's trained copy runs in its place
+        if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and not replaced:
             if weight.requires_grad:
                 trained += weight.numel()
             else:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -25,6 +24,16 @@ if TYPE_CHECKING:
 GIB = 1024**3
 
 
+class _Handler(logging.Handler):
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        self.console.print(level + self.format(record).rstrip(), markup=False, soft_wrap=True)
+
+
 class Display:
     """mode: `live`, `plain`, `none`, or `auto` = live if standard output is a terminal."""
 
@@ -35,6 +44,8 @@ class Display:
         self.mode = mode
         self.console.quiet = mode == "none"
         self.console.soft_wrap = mode != "live"
+        if not self.console.is_terminal:
+            self.console.width = 120  # of tables; rich takes 80 for a pipe
         self.sources: dict[str, str] = {}
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -42,8 +53,8 @@ class Display:
         )  # fmt: skip
 
     def handler(self) -> logging.Handler:
-        """A log handler that does not tear the live table."""
-        return RichHandler(console=self.console, show_path=False, show_time=False, markup=False)
+        """A log handler that does not tear the live table, nor break the lines of a traceback."""
+        return _Handler(self.console)
 
     def note(self, text: str) -> None:
         """One line of what happens now."""
@@ -55,9 +66,11 @@ class Display:
         if self.mode == "plain":
             yield self._plain_task(description)
             return
-        with Live(self._bar, console=self.console, refresh_per_second=4, transient=True):
-            bar = self._bar.add_task(description, total=None, info="")
-            yield lambda done, total, info="": self._bar.update(bar, completed=done, total=total, info=info)
+        bar = self._bar.add_task(description, total=None, info="")
+        try:
+            with Live(self._bar, console=self.console, refresh_per_second=4, transient=True):
+                yield lambda done, total, info="": self._bar.update(bar, completed=done, total=total, info=info)
+        finally:
             self._bar.remove_task(bar)
 
     def _plain_task(self, description: str) -> Callable[..., None]:
@@ -116,7 +129,8 @@ class Display:
             ("tokens/s", "right"),
             ("memory", "right"),
         ):
-            table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            # Names give way, figures do not.
+            table.add_column(name, justify=justify, no_wrap=name not in ("edge", "data"))  # type: ignore[arg-type]
         for name, now in fleet.progress().items():
             table.add_row(
                 name, self.sources.get(name, ""), now.status, f"{now.step}/{now.steps}" if now.steps else "",
@@ -130,7 +144,9 @@ class Display:
         table = Table(box=None, pad_edge=False)
         for name in ("edge", "data", "train", "validation", "test", "cut", "dropped", "device"):
             table.add_column(
-                name, justify="left" if name in ("edge", "data", "device") else "right", no_wrap=name == "edge"
+                name,
+                justify="left" if name in ("edge", "data", "device") else "right",
+                no_wrap=name not in ("edge", "data"),
             )
         for one in ready:
             self.sources[one.edge] = shortened(edge_data(run, one.edge, run.fleet.edges[one.edge]).source)
@@ -187,9 +203,9 @@ def comparison(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Table:
         if key in tuned["global"]
     ]
     table = Table(box=None, pad_edge=False, title="test rows: base -> tuned", title_justify="left")
-    table.add_column("edge", no_wrap=True)
+    table.add_column("edge", overflow="fold")
     for key in columns:
-        table.add_column(key.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column(key.replace("_", " "), justify="right")
     for name in [*tuned["edges"], None]:
         before, after = (
             (base["edges"].get(name, {}), tuned["edges"][name]) if name else (base["global"], tuned["global"])

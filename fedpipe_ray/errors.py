@@ -17,12 +17,12 @@ class EdgeError(UserError):
 class AllEdgesLost(RuntimeError):
     """No edge returned a usable report in a round; the last checkpoint stands. Exit code 3.
 
-    lost: the Lost of every edge asked, with its reason.
+    round counts from 0, its message from 1; lost: the Lost of every edge asked, with its reason.
     """
 
     def __init__(self, round: int, lost: Sequence[Any]) -> None:
         reasons = "\n".join(f"  edge {one.edge}: {one.reason}" for one in lost)
-        super().__init__(f"round {round}: every edge was lost\n{reasons}")
+        super().__init__(f"round {round + 1}: every edge was lost\n{reasons}")
         self.round = round
         self.lost = lost
 

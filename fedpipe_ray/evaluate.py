@@ -142,14 +142,11 @@ def combine(edges: Mapping[str, Metrics]) -> Metrics:
     if not measured:
         return {}
     shared: Sequence[str] = [key for key in measured[0] if all(key in m for m in measured)]
-    result = {
-        key: float(
-            np.sum([m[key] for m in measured])
-            if key in ("rows", "tokens", "generated")
-            else np.mean([m[key] for m in measured])
-        )
-        for key in shared
-    }
-    if "perplexity" in result:
-        result["perplexity"] = perplexity(result["loss"])
+    result: Metrics = {}
+    for key in shared:
+        view, _, kind = key.rpartition(".")  # `view.metric` for views of the state after the first
+        fold = np.sum if kind in ("rows", "tokens", "generated") else np.mean
+        result[key] = float(fold([m[key] for m in measured]))
+        if kind == "perplexity":
+            result[key] = perplexity(result[f"{view}.loss" if view else "loss"])
     return result

@@ -97,6 +97,7 @@ class SerialFleet:
     def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
         self.run_settings = run
         self._base: Base | None = None
+        self.classes: list[str] = []
         self.sites = {name: Site(name, run, method, self._load, private_dir) for name in run.fleet.edges}
 
     def _load(self, classes: Sequence[str]) -> Base:
@@ -112,11 +113,11 @@ class SerialFleet:
 
     def open(self) -> list[Ready]:
         """Preflight on every edge. Raises EdgeError."""
-        sites, classes = self.sites.values(), []
+        sites = self.sites.values()
         if any(site.method.base != "none" for site in sites):
             facts = accepted([guarded(site.name, site.inspect) for site in sites])
-            classes = classes_of(self.run_settings, facts)
-        return accepted([guarded(site.name, lambda site=site: site.prepare(classes)) for site in sites])  # type: ignore[misc]
+            self.classes = classes_of(self.run_settings, facts)
+        return accepted([guarded(site.name, lambda site=site: site.prepare(self.classes)) for site in sites])  # type: ignore[misc]
 
     def run(self, orders: Mapping[str, Message], round: int) -> Iterator[Report | Lost]:
         """One edge after the other; an edge starts when the report before it was taken."""

@@ -136,5 +136,5 @@ def watch(reports: Iterator[Report | Lost], outcomes: dict[str, Report | Lost]) 
 def settled(outcome: Report | Lost) -> Report | Lost:
     """A report whose message the server rejected is a lost edge."""
     if isinstance(outcome, Report) and outcome.rejected is not None:
-        return Lost(outcome.edge, outcome.rejected, cost=outcome.cost)
+        return Lost(outcome.edge, outcome.rejected, cost=outcome.cost, private=outcome.private)
     return outcome

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.utils import ModulesToSaveWrapper
 
 from .errors import UserError
 from .message import write_atomically
@@ -34,12 +36,16 @@ class LoraSpec:
     dropout: float = 0.0
     task: str = "causal"
 
-    def peft_config(self, base_name: str | None = None) -> Any:
-        """The equal `peft.LoraConfig`."""
+    def peft_config(self, heads: Sequence[str] = ()) -> Any:
+        """The equal `peft.LoraConfig`; `heads` are modules that are trained whole, without adapter."""
         targets: Any = "all-linear" if self.targets == ("all-linear",) else list(self.targets)
+        whole: dict[str, Any] = {"modules_to_save": list(heads)} if heads else {}
+        if heads and targets == "all-linear":
+            whole["exclude_modules"] = rf"({'|'.join(map(re.escape, heads))})(\..+)?"
+        alpha: Any = self.alpha  # PEFT says int and takes a float
         return peft.LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets,
-            task_type=TASKS[self.task], base_model_name_or_path=base_name,
+            r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets,
+            task_type=TASKS[self.task], **whole,
         )  # fmt: skip
 
 
@@ -50,6 +56,11 @@ def linear_names(model: Any) -> list[str]:
     )
 
 
+def head_names(model: Any) -> list[str]:
+    """A classifier's own layers, all beside its encoder: pretrained checkpoints have none of them."""
+    return [n for n, part in model.named_children() if n != model.base_model_prefix and list(part.parameters())]
+
+
 def inject(model: Any, spec: LoraSpec) -> Any:
     """A PeftModel around `model` (also on the meta device). Raises UserError for a target that is not there."""
     names = [name for name, _ in model.named_modules()]
@@ -57,8 +68,9 @@ def inject(model: Any, spec: LoraSpec) -> Any:
     if missing:
         raise UserError(f"method.targets: no module {', '.join(missing)}; there are {', '.join(linear_names(model))}")
     meta = next(model.parameters()).is_meta
+    heads = head_names(model) if spec.task == "classification" else []
     try:
-        return peft.get_peft_model(model, spec.peft_config(), low_cpu_mem_usage=meta)
+        return peft.get_peft_model(model, spec.peft_config(heads), low_cpu_mem_usage=meta)
     except ValueError as error:
         raise UserError(f"method.targets: {error}") from None
 
@@ -66,11 +78,20 @@ def inject(model: Any, spec: LoraSpec) -> Any:
 def attach(base: Base, spec: LoraSpec) -> Any:
     """The PeftModel of `spec` on `base`, made once and kept; one spec at a time is attached."""
     if spec not in base.attached:
-        for other in list(base.attached.values()):
-            other.unload()
-        base.attached.clear()
+        detach(base)
         base.attached[spec] = inject(base.model, spec)
     return base.attached[spec]
+
+
+def detach(base: Base) -> None:
+    """Takes off what is attached; a module that was trained whole is the base's own again."""
+    for attached in base.attached.values():
+        parts = base.model.named_modules()
+        own = {name: part.original_module for name, part in parts if isinstance(part, ModulesToSaveWrapper)}
+        attached.unload()
+        for name, part in own.items():
+            base.model.set_submodule(name, part)  # PEFT leaves its trained copy there
+    base.attached.clear()
 
 
 def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -88,10 +109,11 @@ def load(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise ValueError(f"adapter and model differ in {len(odd)} tensors, the first {odd[0]}")
+    for name, parameter in own.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(f"{name}: shape {list(tensors[name].shape)}, the model has {list(parameter.shape)}")
     with torch.no_grad():
         for name, parameter in own.items():
-            if parameter.shape != tensors[name].shape:
-                raise ValueError(f"{name}: shape {list(tensors[name].shape)}, the model has {list(parameter.shape)}")
             parameter.copy_(tensors[name])
 
 

@@ -62,13 +62,24 @@ class Message:
             tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
             for tensor in self.tensors.values()
         ]
-        buffers = [pickle.PickleBuffer(array) if protocol >= 5 else array.tobytes() for array in flat]
+        buffers = [pickle.PickleBuffer(array.data) if protocol >= 5 else array.tobytes() for array in flat]
         return _rebuild, (_specs(self.tensors), dict(self.numbers), buffers)
 
     def save(self, path: Path) -> str:
-        """Writes one safetensors file beside `path`, renames it to `path`; returns its SHA-256. Raises OSError."""
-        tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in self.tensors.items()}
-        content = safetensors.torch.save(tensors, metadata={"numbers": json.dumps(dict(self.numbers))})
+        """Writes one safetensors file beside `path`, renames it to `path`; returns its SHA-256. Raises OSError.
+
+        Equal messages give equal files; `load` keeps the order of the names.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        seen: set[int] = set()
+        for name, tensor in self.tensors.items():
+            own = tensor.detach().to("cpu").contiguous()
+            at = own.untyped_storage().data_ptr()
+            tensors[name] = own.clone() if at in seen else own  # safetensors refuses tensors that share memory
+            seen.add(at)
+        # One key, for the file's order of several is random; with the names, for safetensors sorts them.
+        about = json.dumps({"names": list(tensors), "numbers": dict(self.numbers)})
+        content = safetensors.torch.save(tensors, metadata={"message": about})
         write_atomically(path, content)
         return hashlib.sha256(content).hexdigest()
 
@@ -83,7 +94,8 @@ class Message:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from None
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return cls(tensors, json.loads(header.get("__metadata__", {}).get("numbers", "{}")))
+        about = json.loads(header.get("__metadata__", {}).get("message", "{}"))
+        return cls({name: tensors[name] for name in about.get("names", tensors)}, about.get("numbers", {}))
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

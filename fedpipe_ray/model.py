@@ -9,11 +9,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from .errors import UserError
@@ -99,6 +101,10 @@ def empty_model(settings: Model, task: str, classes: Sequence[str], buffers: boo
 
 def load_config(settings: Model, task: str, classes: Sequence[str]) -> Any:
     """The model's configuration with its classes. Raises UserError."""
+    if settings.name.startswith("builtin:"):
+        from .pretrain import builtin_config
+
+        return builtin_config(settings.name.removeprefix("builtin:"), **labels(task, classes))
     return _loading(settings, lambda: AutoConfig.from_pretrained(**_where(settings), **labels(task, classes)))
 
 
@@ -181,12 +187,21 @@ def _loading(settings: Model, load: Any) -> Any:
     """Runs `load`; turns what goes wrong into a message with the remedy."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
-        remedy = (
-            "HF_HUB_OFFLINE is set: give a local folder"
-            if offline
-            else "give a hub id, a local folder, or builtin:tiny-llama"
-        )
-        raise UserError(f"model.name: cannot load {settings.name!r}: {first} ({remedy})") from error
+        if isinstance(error, LookupError | SafetensorError):
+            first = f"{type(error).__name__}: {first}"
+        raise UserError(f"model.name: cannot load {settings.name!r}: {first} ({_remedy(settings.name)})") from error
+
+
+def _remedy(name: str) -> str:
+    """What to do about a model that does not load."""
+    if Path(name).is_dir():
+        return "the folder must hold config.json, weights and tokenizer, as save_pretrained writes them"
+    if name.startswith(("/", ".", "~")):
+        return "there is no such folder"
+    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return "HF_HUB_OFFLINE is set: give a local folder"
+    return "give a hub id, a local folder, or builtin:tiny-llama"

@@ -5,42 +5,44 @@ A plain number is in the base unit that the field's name states (bytes, bits a s
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Annotated, Any
+import math
+import re
+from typing import Annotated
 
 from pydantic import BeforeValidator
 
 EXAMPLES = {"byte": "4GiB", "bit/second": "20Mbit/s", "second": "30ms", "flop/second": "50GFLOP/s"}
+UNITS: dict[str, dict[str, float]] = {
+    "byte": {"B": 1, "byte": 1, "bytes": 1},
+    "bit/second": {"bit/s": 1, "bits/s": 1, "bit/second": 1, "bps": 1, "B/s": 8, "byte/s": 8, "bytes/s": 8},
+    "second": {"s": 1, "second": 1, "seconds": 1, "min": 60, "minutes": 60, "h": 3600, "hours": 3600},
+    "flop/second": {"FLOP/s": 1, "FLOPs/s": 1, "FLOPS": 1, "flop/s": 1, "flops/s": 1, "flop/second": 1},
+}
+LARGE = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40}
+SMALL = {"m": 1e-3, "u": 1e-6, "µ": 1e-6, "n": 1e-9}
+_FORM = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(\D.*)")
 
 
-@cache
-def _registry() -> Any:
-    import pint
-
-    units = pint.UnitRegistry(cache_folder=None)
-    for line in ("flop = [operations] = FLOP = flops = FLOPs", "bps = bit / second", "FLOPS = flop / second"):
-        units.define(line)
-    return units
-
-
-def parse_quantity(value: object, unit: str) -> object:
-    """`value` in `unit` as a float; what is not a string is returned unchanged. Raises ValueError on a wrong unit."""
-    if not isinstance(value, str):
-        return value
-    try:
-        amount = _registry().Quantity(value)
-        return float(amount.to(unit).magnitude)
-    except Exception as error:  # pint raises its own tree, tokenize errors and AttributeError for unknown units
-        raise ValueError(f"{value!r} is not a quantity in {unit}; write for example {EXAMPLES[unit]}") from error
+def parse_quantity(value: str, unit: str) -> float:
+    """`value` in `unit`. Raises ValueError for a wrong unit, or none."""
+    prefixes = {"": 1.0, **(SMALL if unit == "second" else LARGE | BINARY)}
+    known = {prefix + name: size * factor for prefix, size in prefixes.items() for name, factor in UNITS[unit].items()}
+    found = _FORM.fullmatch("".join(value.split()))
+    amount = float(found[1]) * known.get(found[2], math.nan) if found else math.nan
+    if not math.isfinite(amount):
+        raise ValueError(f"{value!r} is not a quantity in {unit}; write for example {EXAMPLES[unit]}")
+    return amount
 
 
 def _quantity(unit: str) -> BeforeValidator:
-    return BeforeValidator(lambda value: parse_quantity(value, unit))
+    return BeforeValidator(lambda value: parse_quantity(value, unit) if isinstance(value, str) else value)
 
 
 def _whole_bytes(value: object) -> object:
-    amount = parse_quantity(value, "byte")
-    return int(amount) if isinstance(amount, float) and amount == int(amount) else amount
+    if isinstance(value, str):
+        return int(parse_quantity(value, "byte"))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Bytes = Annotated[int, BeforeValidator(_whole_bytes)]

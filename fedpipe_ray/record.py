@@ -59,7 +59,8 @@ class RunFolder:
             raise UserError(f"{path} is not empty; give a new folder with --out")
         parent = next(place for place in (path, *path.absolute().parents) if place.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-            raise UserError(f"cannot write to {path}: {parent} is not writable; give another folder with --out")
+            fault = "not writable" if parent.is_dir() else "a file"
+            raise UserError(f"cannot write to {path}: {parent} is {fault}; give another folder with --out")
 
     @classmethod
     def create(cls, path: Path, run: Run) -> RunFolder:
@@ -90,9 +91,15 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self.close()
             raise UserError(
                 f"{self.path} is in use by a run in progress; wait for it, or give another folder"
             ) from None
+
+    def close(self) -> None:
+        """Lets other processes in again."""
+        if self._lock is not None:
+            self._lock.close()
 
     def discard_if_not_begun(self) -> None:
         """Removes the folder again if the run ended before its first checkpoint: nothing half-written stays."""
@@ -169,7 +176,7 @@ class RunFolder:
         for place in found:
             try:
                 return _read_checkpoint(place)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 log.warning("checkpoint %s is damaged (%s); trying the one before", place.name, error)
         raise UserError(
             f"{self.path} has no usable checkpoint ({len(found)} found); start the run again with --out NEW"
@@ -181,6 +188,14 @@ class RunFolder:
         if run.evaluate.keep == "best" and point.best is not None:
             return self.load_best(point.best), point
         return point.start.state, point
+
+    def complete(self, rounds: int) -> bool:
+        """Whether summary.json says that the run ended by itself after so many rounds."""
+        try:
+            summary = json.loads((self.path / "summary.json").read_text())
+            return summary["status"] in ("finished", "stopped_early") and summary["rounds"] == rounds
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json."""

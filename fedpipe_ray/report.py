@@ -39,9 +39,13 @@ class Report:
 
 @dataclass(frozen=True)
 class Lost:
-    """An edge that gave no report this round. traceback: the edge's own, as text, for an exception nobody expected."""
+    """An edge that gave no usable report this round. traceback: its own, as text, for an exception nobody expected.
+
+    private: as in the report, if it was the server that could not use the message.
+    """
 
     edge: str
     reason: str
     traceback: str | None = None
     cost: Cost = field(default_factory=Cost)
+    private: dict[str, str] | None = None

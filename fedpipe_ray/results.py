@@ -42,7 +42,7 @@ def evaluate_run(
         model = lora.attach(site.base, weights.spec)
         lora.load(model, weights.tensors)
         return on_source(model, site.base, run, source, point.classes)
-    experiment = Experiment(run, folder, make_fleet, display)
+    experiment = Experiment(run, preflight(run), folder, make_fleet, display)
     try:
         experiment.open()
         with display.watching(experiment.fleet, "evaluating the base model"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,9 +23,10 @@ from .message import Message
 from .methods import make_method
 from .methods.base import Method
 from .model import Base, empty_model
+from .pretrain import builtin_model
 from .randomness import rng_for
 from .record import Checkpoint, RunFolder, round_record
-from .report import Lost
+from .report import Lost, Report
 from .settings import Run
 from .site import SERVER, Ready, Site
 
@@ -60,16 +62,19 @@ def preflight(run: Run) -> Method:
 class Experiment:
     """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next."""
 
-    def __init__(self, run: Run, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
-        self.run, self.folder, self.display = run, folder, display
-        self.method = preflight(run)
+    def __init__(self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
+        self.run, self.method, self.folder, self.display = run, method, folder, display
         display.note("starting the edge servers" + (" on Ray" if run.fleet.ray else " in this process"))
         self.fleet = make_fleet(run, self.method, folder.path / "private")
         self.point = Checkpoint(Start(Message()), "", {})
         self.server = server_site(run, self.method, [])
 
     def open(self) -> list[Ready]:
-        """Preflight on the edges. Raises EdgeError."""
+        """Pretrains the built-in model if it is not in the cache; preflight on the edges. Raises EdgeError."""
+        name = self.run.model.name
+        if name.startswith("builtin:") and self.method.base != "none":
+            with self.display.task("pretraining the built-in model, once") as bar:
+                builtin_model(name.removeprefix("builtin:"), lambda n, steps, loss: bar(n, steps, f"loss {loss:.2f}"))
         with self.display.watching(self.fleet):
             ready = self.fleet.open()
         self.display.edges(self.run, ready)
@@ -101,6 +106,7 @@ class Experiment:
                 f"the data of edge {', '.join(changed)} changed since the checkpoint; bring it back, or start a new run"
             )
         self.folder.rewind(point.start.round)
+        (self.folder.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
         self.fleet.restore(point.start.round, point.start.private)
         self.point = point
 
@@ -120,24 +126,23 @@ class Experiment:
 
     def finish(self) -> dict[str, Any]:
         """Runs the rounds that are left; returns the summary. Raises AllEdgesLost or Interrupted, all saved."""
-        run, status = self.run, "finished"
+        run, reason = self.run, early_stop(self.run, self.point)  # a run may have been killed after its last round
         try:
             with self.display.rounds(self.fleet, run.rounds, self.point.start.round), stop_after_round() as stop:
-                for done in federate(
-                    self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, fraction=run.fleet.fraction,
-                    evaluate_every=0 if self.method.base == "none" else run.evaluate.every, start=self.point.start,
-                ):  # fmt: skip
+                for done in self.rounds() if reason is None else ():
                     self.keep(done)
-                    reason = self.stop_early()
+                    reason = early_stop(run, self.point)
                     if reason is not None:
-                        log.info("stopped after round %d: %s", done.number + 1, reason)
-                        status = "stopped_early"
                         break
                     if stop and done.number + 1 < run.rounds:
                         raise Interrupted(stop[0])
         except (AllEdgesLost, Interrupted) as error:
+            warn_of(error.lost if isinstance(error, AllEdgesLost) else (), self.point.start.round)
             self.write(self.point.start.state, "failed" if isinstance(error, AllEdgesLost) else "interrupted", {})
             raise
+        if reason is not None:
+            log.info("stopped after round %d: %s", self.point.start.round, reason)
+        status = "finished" if reason is None else "stopped_early"
         state = self.point.start.state
         if run.evaluate.keep == "best" and self.point.best is not None:
             state = self.folder.load_best(self.point.best)
@@ -147,6 +152,14 @@ class Experiment:
                 tuned = self.measure(state)
         return self.write(state, status, tuned)
 
+    def rounds(self) -> Iterator[Round]:
+        """The rounds that are left, as they are done."""
+        run = self.run
+        return federate(
+            self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, fraction=run.fleet.fraction,
+            evaluate_every=0 if self.method.base == "none" else run.evaluate.every, start=self.point.start,
+        )  # fmt: skip
+
     def keep(self, done: Round) -> None:
         """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
         record = round_record(done)
@@ -154,31 +167,18 @@ class Experiment:
         point = self.point
         for key in point.totals:
             point.totals[key] += record[key]
-        private = {**point.start.private, **{r.edge: r.private for r in done.reports if r.private is not None}}
+        left = {edge: outcome.private for edge, outcome in done.outcomes.items() if outcome.private is not None}
+        private = {**point.start.private, **left}
         point.start = Start(done.state, done.number + 1, private)
         if "loss" in done.quality:
-            point.history.append({"round": done.number + 1, "loss": done.quality["loss"]})
-            if self.run.evaluate.keep == "best" and done.quality["loss"] <= min(h["loss"] for h in point.history):
-                point.best = self.folder.save_best(done.state, done.number + 1)
+            loss = done.quality["loss"]
+            point.history.append({"round": done.number + 1, "loss": loss})
+            better = math.isfinite(loss) and (point.best is None or loss <= point.best["loss"])
+            if self.run.evaluate.keep == "best" and better:
+                point.best = {**self.folder.save_best(done.state, done.number + 1), "loss": loss}
         self.folder.save_checkpoint(point)
-        for outcome in done.outcomes.values():
-            if isinstance(outcome, Lost):
-                log.warning(
-                    "round %d: edge %s lost: %s", done.number + 1, outcome.edge, outcome.traceback or outcome.reason
-                )
+        warn_of(done.outcomes.values(), done.number)
         self.display.round(record)
-
-    def stop_early(self) -> str | None:
-        """Why to stop now: the target is reached, or patience is at its end; None to go on."""
-        settings, losses = self.run.evaluate, [h["loss"] for h in self.point.history]
-        if not losses or self.point.history[-1]["round"] != self.point.start.round:
-            return None
-        if settings.target is not None and losses[-1] <= settings.target:
-            return f"validation loss {losses[-1]:.4f} reached evaluate.target {settings.target}"
-        since = len(losses) - 1 - losses.index(min(losses))
-        if settings.patience is not None and since >= settings.patience:
-            return f"no better validation loss for {since} evaluations (evaluate.patience)"
-        return None
 
     def write(self, state: Message, status: str, tuned: dict[str, Any]) -> dict[str, Any]:
         """Writes the adapter and summary.json; returns the summary."""
@@ -195,20 +195,57 @@ class Experiment:
         return summary
 
 
+def warn_of(outcomes: Iterable[Report | Lost], round: int) -> None:
+    """Says which edges were lost in a round (from 0), each with its own traceback where there is one."""
+    for outcome in outcomes:
+        if isinstance(outcome, Lost):
+            log.warning("round %d: edge %s lost: %s", round + 1, outcome.edge, outcome.traceback or outcome.reason)
+
+
+def early_stop(run: Run, point: Checkpoint) -> str | None:
+    """Why to stop after this checkpoint's round: the target is reached, or patience is at its end; None to go on."""
+    settings, found = run.evaluate, [entry["loss"] for entry in point.history]
+    losses = [math.inf if loss is None or math.isnan(loss) else loss for loss in found]  # JSON has null for NaN
+    if not losses or point.history[-1]["round"] != point.start.round:
+        return None
+    if settings.target is not None and losses[-1] <= settings.target:
+        return f"validation loss {losses[-1]:.4f} reached evaluate.target {settings.target}"
+    since = len(losses) - 1 - losses.index(min(losses))
+    if settings.patience is not None and since >= settings.patience:
+        return f"no better validation loss for {since} evaluations (evaluate.patience)"
+    return None
+
+
 def export_adapter(folder: Path, server: Site, state: Message) -> None:
     """Writes the first view of `state` as a PEFT adapter."""
     weights = next(iter(server.method.weights(state, server).values()))
     lora.save_adapter(folder, weights.spec, server.skeleton(weights.spec), weights.tensors, server.run.model.name)
 
 
-def extended(run: Run, before: Run) -> Run:
-    """`run` if only keys that may change on resume differ from `before`. Raises UserError naming the others."""
+def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:
+    """`run` if it can go on from `point` of the folder's own run. Raises UserError, as where nothing is left to do."""
+    before, done, reason = folder.run(), point.start.round, early_stop(run, point)
+    if training_hash(before) != point.config_hash:
+        raise UserError(
+            "config.yaml is not the one this run began with (edited, or of another version of this program); "
+            "bring it back, or start a new run"
+        )
     if training_hash(run) != training_hash(before):
-        changed = ", ".join(sorted(_differences(dataclasses.asdict(before), dataclasses.asdict(run))))
+        keys = _differences(dataclasses.asdict(before), dataclasses.asdict(run))
+        changed = ", ".join(sorted(key for key in keys if not f"{key}.".startswith(FREE)))
         raise UserError(
             f"resume cannot change {changed}; free keys are {', '.join(FREE_ON_RESUME)}; for others start a new run"
         )
+    if done > run.rounds:
+        raise UserError(f"rounds: {run.rounds} is less than the {done} rounds that {folder.path} has done")
+    if folder.complete(done) and done == run.rounds:
+        raise UserError(f"{folder.path} has all its {done} rounds; extend it with rounds={2 * done}")
+    if folder.complete(done) and reason is not None:
+        raise UserError(f"{folder.path} stopped early: {reason}; change evaluate.patience or evaluate.target to go on")
     return run
+
+
+FREE = tuple(f"{key}." for key in FREE_ON_RESUME)
 
 
 def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:

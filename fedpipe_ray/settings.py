@@ -13,7 +13,7 @@ from .quantity import BitsPerSecond, Bytes, FlopPerSecond, Seconds
 class Section:
     """Base of every section: pydantic checks its fields strictly and refuses keys it does not have."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def require(condition: bool, message: str) -> None:
@@ -26,7 +26,7 @@ def require(condition: bool, message: str) -> None:
 class Model(Section):
     """Which pretrained model, and how it reaches an edge.
 
-    name: `builtin:tiny-llama`, a Hugging Face id, a local folder, or `package:NAME/FOLDER`, a folder inside an installed
+    name: `builtin:tiny-llama`, a Hugging Face id, a local folder, or `package:NAME/FOLDER`, a folder in an installed
     Python package. load: `node` = every edge loads `name` itself
     (a path on its node, or the hub); `driver` = the driver loads it and ships weights and tokenizer through the object
     store; `auto` = driver for builtin models, node for others. dtype: of the frozen weights; `auto` = float32 on CPU,
@@ -114,6 +114,10 @@ class Data(Section):
                 "data.task: classification needs data.text (a template such as '{title} {body}') "
                 "and data.label (a column)",
             )
+            require(
+                len(self.labels) != 1 and len(set(self.labels)) == len(self.labels),
+                f"data.labels: {self.labels} must be two or more different names, or none to find them in the data",
+            )
         elif not self.builtin:
             pair = self.prompt is not None and self.response is not None
             require(
@@ -153,15 +157,18 @@ class Profile(Section):
             self.gpus <= 1 or self.gpus == int(self.gpus),
             f"gpus: {self.gpus} must be a fraction below 1 or a whole number",
         )
-        for name in ("compute_flops", "uplink_bps", "downlink_bps"):
-            require(getattr(self, name) > 0, f"{name}: {getattr(self, name)} must be above 0")
+        for name in ("compute_flops", "uplink_bps", "downlink_bps", "memory_bytes", "gpu_memory_bytes"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name}: {value} must be above 0")
+        for name, amount in self.resources.items():
+            require(amount >= 0, f"resources.{name}: {amount} must not be negative")
         require(self.latency_seconds >= 0, f"latency_seconds: {self.latency_seconds} must not be negative")
         require(0 < self.availability <= 1, f"availability: {self.availability} must lie in (0, 1]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSettings(Section):
-    """The edge servers. profiles: a YAML file of them; edges: the same, inline (the resolved form).
+    """The edge servers. profiles: a YAML file of them; edges: the same inline, or the keys that differ from the file's.
 
     ray: one Ray actor an edge; false runs them one after another in this process, with the same bits. fraction: share
     of the available edges asked each round.
@@ -177,6 +184,9 @@ class FleetSettings(Section):
 
     def __post_init__(self) -> None:
         require(0 < self.fraction <= 1, f"fleet.fraction: {self.fraction} must lie in (0, 1]")
+        for name in ("start_timeout_seconds", "round_timeout_seconds"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"fleet.{name}: {value} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +213,10 @@ class Local(Section):
     threads: int = 1
 
     def __post_init__(self) -> None:
-        require(self.steps is None or self.epochs is None, "local: give steps or epochs, not both")
+        require(
+            self.steps is None or self.epochs is None,
+            f"local: steps: {self.steps} and epochs: {self.epochs} both say how long a round is; set one to null",
+        )
         for name in ("steps", "epochs", "batch", "accumulate", "lr", "clip", "threads"):
             value = getattr(self, name)
             require(value is None or value > 0, f"local.{name}: {value} must be above 0")
@@ -253,7 +266,10 @@ class Evaluate(Section):
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"evaluate.every: {self.every} must not be negative")
-        require(self.batch > 0, f"evaluate.batch: {self.batch} must be above 0")
+        require(self.generate >= 0, f"evaluate.generate: {self.generate} must not be negative")
+        for name in ("batch", "rows", "max_new_tokens", "patience"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"evaluate.{name}: {value} must be above 0")
         needs = self.keep == "best" or self.patience is not None or self.target is not None
         require(self.every > 0 or not needs, "evaluate: keep: best, patience and target need evaluate.every above 0")
 

@@ -89,6 +89,11 @@ class Site:
             raise UserError("server.data: this method needs public data on the server; give server.data a source")
         return self.run.server.data
 
+    @property
+    def _share(self) -> str:
+        """Whose share of a divided source this site has; "" is all of it."""
+        return "" if self.name == SERVER else self.name
+
     @cached_property
     def base(self) -> Base:
         """The frozen base model, loaded at first use."""
@@ -99,8 +104,7 @@ class Site:
         """This site's own rows, encoded at first use."""
         tokenizer = load_tokenizer(self.run.model) if "base" not in self.__dict__ else self.base.tokenizer
         edges = list(self.run.fleet.edges)
-        name = "" if self.name == SERVER else self.name
-        return open_data(self.settings, name, edges, self.run.seed, tokenizer, self.classes)
+        return open_data(self.settings, self._share, edges, self.run.seed, tokenizer, self.classes)
 
     def skeleton(self, spec: lora.LoraSpec) -> Any:
         """The model with the adapter of `spec` on the meta device: names and shapes without weights."""
@@ -108,7 +112,7 @@ class Site:
 
     def inspect(self) -> Facts:
         """Whether this edge's source can be read at all, and which labels it holds. Raises UserError."""
-        return inspect(self.settings, self.name, list(self.run.fleet.edges), self.run.seed)
+        return inspect(self.settings, self._share, list(self.run.fleet.edges), self.run.seed)
 
     def prepare(self, classes: Sequence[str]) -> Ready:
         """Loads model and rows before round 0. Raises UserError for what only this edge can see."""
@@ -193,20 +197,27 @@ class Site:
 
     def keep_private(self, round: int) -> dict[str, str] | None:
         """Makes `private` the state after `round`; on disk too, the last three kept. Returns path and SHA-256."""
-        self._rests = {r: m for r, m in self._rests.items() if r > round - 2} | {round + 1: self.private}
+        self._rests = {round: self.private_before(round), round + 1: self.private}
         if self.private is None or self.private_dir is None:
             return None
-        folder = Path(self.profile.private_dir or self.private_dir) / self.name
+        folder = self._private_folder(self.private_dir)
         path = folder / f"round-{round + 1:04d}.safetensors"
         digest = self.private.save(path)
         for old in sorted(folder.glob("round-*.safetensors"))[:-3]:
             old.unlink(missing_ok=True)
         return {"path": str(path), "sha256": digest}
 
+    def _private_folder(self, private_dir: Path) -> Path:
+        return Path(self.profile.private_dir or private_dir) / self.name
+
     def restore(self, round: int, path: str, sha256: str) -> None:
-        """Takes up the private state of a checkpoint. Raises UserError if the file is gone or damaged."""
+        """Takes up the private state of a checkpoint. Raises UserError if the file is gone or damaged.
+
+        In a run folder that was moved the file is found where this edge would write it now.
+        """
+        now = self._private_folder(self.private_dir or Path()) / Path(path).name
         try:
-            self._rests = {round: Message.load(Path(path), sha256)}
+            self._rests = {round: Message.load(now if now.exists() else Path(path), sha256)}
         except (OSError, ValueError) as error:
             raise UserError(f"edge {self.name}: its private state cannot be restored: {error}") from None
 

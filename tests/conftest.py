@@ -34,7 +34,11 @@ def pytest_runtest_setup() -> None:
         torch.set_num_threads(1)
 
 
-WORDS = "alpha beta gamma delta one two three four five six red green blue north south east west left right up".split()
+WORDS = [
+    *["alpha", "beta", "gamma", "delta", "one", "two", "three", "four", "five", "six", "red", "green", "blue"],
+    "north",
+    "south",
+]
 
 
 @pytest.fixture(scope="session")
@@ -76,19 +80,9 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_file(tmp_path: Path, model_dir: Path, data_dir: Path) -> Path:
     """A run of three edges with data of their own, two rounds, in this process."""
-    path = tmp_path / "tiny.yaml"
-    edge = "{cpus: 0.1, compute_flops: 1GFLOP/s}"
-    path.write_text(f"""
-rounds: 2
-model: {{name: {model_dir}}}
-data: {{source: "{data_dir}/{{edge}}.jsonl", prompt: "{{question}}", response: "{{answer}}", max_length: 16, validation: 0.2, test: 0.2}}
-fleet:
-  ray: false
-  edges: {{a: {edge}, b: {edge}, c: {{cpus: 0.1, compute_flops: 500MFLOP/s, uplink_bps: 1Mbit/s}}}}
-method: {{name: lora, rank: 4, alpha: 8}}
-local: {{steps: 4, batch: 4, lr: 0.01}}
-""")
-    return path
+    from runs import tiny_run
+
+    return tiny_run(tmp_path, model_dir, data_dir)
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +94,22 @@ def ray_here() -> Iterator[None]:
 
     from actors.connect import connect
 
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([*filter(None, [path]), str(Path(__file__).parent)])  # of the workers
     connect("local")
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
     yield
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """A short folder for Ray's sockets; processes that still belong to it at the end are ended by their ids."""
+    folder = Path(tempfile.mkdtemp(prefix="fp-", dir="/tmp"))
+    yield folder
+    from runs import belonging
+
+    for process in belonging(folder):
+        process.kill()
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from fedpipe_ray.__main__ import main
 from fedpipe_ray.config import load_run
 from fedpipe_ray.fleet import Fleet, SerialFleet
 from fedpipe_ray.methods.base import Method
 from fedpipe_ray.settings import Run
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def tiny_run(folder: Path, model_dir: Path, data_dir: Path) -> Path:
+    """tiny.yaml in `folder`: three edges with data of their own, two rounds, in this process."""
+    path = folder / "tiny.yaml"
+    edge = "{cpus: 0.1, compute_flops: 1GFLOP/s}"
+    path.write_text(f"""
+rounds: 2
+model: {{name: {model_dir}}}
+data:
+  {{source: "{data_dir}/{{edge}}.jsonl", prompt: "{{question}}", response: "{{answer}}", max_length: 16,
+   validation: 0.2, test: 0.2}}
+fleet:
+  ray: false
+  edges: {{a: {edge}, b: {edge}, c: {{cpus: 0.1, compute_flops: 500MFLOP/s, uplink_bps: 1Mbit/s}}}}
+method: {{name: lora, rank: 4, alpha: 8}}
+local: {{steps: 4, batch: 4, lr: 0.01}}
+""")
+    return path
 
 
 def load(path: Path, *overrides: str) -> Run:
@@ -36,16 +60,49 @@ def command(*arguments: object, **environment: str) -> list[str]:
     return [sys.executable, "-m", "fedpipe_ray", *map(str, arguments)]
 
 
-def fedpipe(*arguments: object, timeout: float = 240, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def fedpipe(
+    *arguments: object, timeout: float = 240, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs the command line and waits for it."""
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=env(**environment), capture_output=True, text=True, timeout=timeout, check=False
+        command(*arguments),
+        cwd=cwd,
+        env=env(**environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
+
+
+def here(*arguments: object) -> int:
+    """The command line in this process, which is faster; its exit code. Signals are handled as before afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return main([str(argument) for argument in arguments])
+    finally:
+        for log in logging.getLogger("fedpipe").handlers:
+            log.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def env(**changes: str) -> dict[str, str]:
     """This process's environment with the repository on the path."""
     return {**os.environ, "PYTHONPATH": str(ROOT), **changes}
+
+
+def belonging(folder: Path) -> list[psutil.Process]:
+    """The processes with `folder` in their command line or environment, without those that only wait to be reaped."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), *process.environ().values()]
+            if any(str(folder) in word for word in words) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
 
 
 def tensors(folder: Path) -> dict[str, Any]:

@@ -35,9 +35,12 @@ def test_state_improves_counts_and_survives_a_missing_edge(kind: str, run: Run, 
         before = {name: metrics["loss"] for name, metrics in fleet.evaluate(None, "test").items()}
         orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
         assert list(orders) == list(fleet.edges)
-        reports = [report for report in fleet.run(orders, 0)]
+        reports = list(fleet.run(orders, 0))
         assert [report.edge for report in reports] == list(orders)
-        assert all(isinstance(r, Report) and r.weight == 16 and r.cost.bytes_down == orders[r.edge].total_bytes for r in reports)
+        assert all(
+            isinstance(r, Report) and r.weight == 16 and r.cost.bytes_down == orders[r.edge].total_bytes
+            for r in reports
+        )
         missing: list[Report | Lost] = [Lost("a", "gone"), *reports[1:]]
         after = method.aggregate(state, missing, server, 0, rng_for(run.seed, 0, "aggregate"))
         assert after.tensors.keys() == state.tensors.keys()
@@ -59,7 +62,11 @@ def test_same_order_same_bits(kind: str, run: Run, ray_here: None) -> None:
         server = server_site(run, method, [])
         state = method.start(server, rng_for(run.seed, 0, "start"))
         orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
-        first = {r.edge: {k: t.clone() for k, t in r.message().tensors.items()} for r in fleet.run(orders, 0) if isinstance(r, Report)}
+        first = {
+            r.edge: {k: t.clone() for k, t in r.message().tensors.items()}
+            for r in fleet.run(orders, 0)
+            if isinstance(r, Report)
+        }
         only_b = {"b": orders["b"]}
         (again,) = [r for r in fleet.run(only_b, 0) if isinstance(r, Report)]
         for name, tensor in again.message().tensors.items():

@@ -42,5 +42,9 @@ def test_serial_and_ray_agree_bitwise(run_file: Path, ray_here: None, overrides:
         assert one.state.tensors.keys() == other.state.tensors.keys()
         assert all(torch.equal(one.state.tensors[name], other.state.tensors[name]) for name in one.state.tensors)
         assert one.evaluation == other.evaluation
-        assert (one.bytes_up, one.bytes_down, one.virtual_seconds) == (other.bytes_up, other.bytes_down, other.virtual_seconds)
+        assert (one.bytes_up, one.bytes_down, one.virtual_seconds) == (
+            other.bytes_up,
+            other.bytes_down,
+            other.virtual_seconds,
+        )
         assert one.train_loss == other.train_loss

@@ -1,4 +1,4 @@
-"""The division of a shared source: every row to exactly one edge, every edge at least one, the same answer everywhere."""
+"""The division of a shared source: every row to exactly one edge, each edge at least one, the same anywhere."""
 
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def test_every_row_has_one_edge_and_every_edge_a_row(
 def test_groups_of_a_column_stay_whole(values: list[str], edges: int) -> None:
     partition, names = Partition(by="column", column="clinic"), [f"e{i}" for i in range(edges)]
     if len(set(values)) < edges:
-        with pytest.raises(UserError, match="use (fewer|at most)"):
+        with pytest.raises(UserError, match=r"use (fewer|at most)"):
             assign(partition, len(values), values, names, 0)
         return
     owners = assign(partition, len(values), values, names, 0)
@@ -118,7 +118,13 @@ def test_a_column_of_groups_fills_the_edge_with_the_fewest_rows() -> None:
     """Sizes a 5, b 4, c 3, d 3, e 2: a -> 0, b -> 1, c -> 2, d -> 2 (3 < 4 < 5), e -> 1 (4 < 5 < 6)."""
     values = list("aaaaabbbbcccdddee")
     owners = assign(Partition(by="column", column="c"), len(values), values, EDGES, 0)
-    assert {value: int(owner) for value, owner in zip(values, owners, strict=True)} == {"a": 0, "b": 1, "c": 2, "d": 2, "e": 1}
+    assert {value: int(owner) for value, owner in zip(values, owners, strict=True)} == {
+        "a": 0,
+        "b": 1,
+        "c": 2,
+        "d": 2,
+        "e": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -127,8 +133,10 @@ def test_a_column_of_groups_fills_the_edge_with_the_fewest_rows() -> None:
         (Partition(by="iid"), 2, None, r"2 row\(s\) for 3 edges; give data.source at least 3 rows, or use fewer edges"),
         (Partition(by="dirichlet"), 5, None, "set partition.column, or data.label"),
         (Partition(by="shards", shards=2), 5, list("aabbc"), "use at most 1 shards"),
-        (Partition(by="column", column="c"), 4, ["west", "north", "east", "east"], r"\['east'\] are no edge and .*\['south'\]"),
-        (Partition(by="column", column="c"), 4, ["x", "x", "y", "y"], r"c has 2 value\(s\) for 3 edges; use at most 2 edges"),
+        (Partition(by="column", column="c"), 4, ["west", "north", "east", "east"],
+         r"\['east'\] are no edge and .*\['south'\]"),
+        (Partition(by="column", column="c"), 4, ["x", "x", "y", "y"],
+         r"c has 2 value\(s\) for 3 edges; use at most 2 edges"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_divided_names_the_remedy(

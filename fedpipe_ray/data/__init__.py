@@ -5,9 +5,11 @@ Every edge of a shared source computes the same division of it by itself, then e
 
 from __future__ import annotations
 
+import contextlib
+import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.settings import Data
 
-from .encode import Encoder, Example, Row, needed_columns
+from .encode import Encoder, Row, needed_columns
 from .partition import assign, needs_labels
 from .split import Name, Split, SplitWriter, digest, split_of
 from .tables import column_names, read
@@ -34,7 +36,7 @@ COUNTS = ("rows", *SPLITS, "truncated", "dropped_empty", "dropped_leaked")
 class Facts:
     """What a pass over an edge's source finds. rows: this edge's, of all splits; label_values: the classes among them.
 
-    columns: of the source's first file. sizes: rows of each class, or {} for a causal task.
+    columns: of the source's first file. sizes: rows of each class, numbers in their order; {} for a causal task.
     """
 
     rows: int
@@ -68,7 +70,9 @@ def inspect(data: Data, edge: str, edges: Sequence[str], seed: int) -> Facts:
                 names = batch.column(str(data.label)).to_pylist()
                 _check_labels(data, names, numbers, source)
                 sizes.update(names)
-    return Facts(rows, column_names(data.source, data.format), sorted(sizes), dict(sorted(sizes.items())))
+    whole = all(re.fullmatch(r"-?\d+", name) for name in sizes)
+    labels = sorted(sizes, key=int if whole else str)
+    return Facts(rows, column_names(data.source, data.format), labels, {name: sizes[name] for name in labels})
 
 
 def open_data(
@@ -79,30 +83,59 @@ def open_data(
     tokenizer: Any,
     classes: Sequence[str],
     progress: Callable[[int], None] | None = None,
+    only: Name | None = None,
 ) -> EdgeData:
     """The edge's rows, encoded and split; `edge` "" (the server) has all rows of its source.
 
-    classes: names in the order of the model's outputs. progress(rows) is told how many rows were encoded so far.
-    Raises UserError for bad rows, a full temporary folder, and an edge without a training row.
+    classes: names in the order of the model's outputs. progress(rows) is told how many rows were encoded so far. only:
+    all rows of the source, undivided, are of this split. Raises UserError for bad rows, a full temporary folder, and
+    an edge without a training row (or one of `only`).
     """
     encoder, mine = Encoder(data, tokenizer, classes), _mine(data, edge, edges, seed)
-    writers = {name: SplitWriter(texts=name == "test") for name in SPLITS}
+    with contextlib.ExitStack() as stack:
+        writers = {name: stack.enter_context(contextlib.closing(SplitWriter(texts=name == "test"))) for name in SPLITS}
+        counts = _encode(data, encoder, mine, writers, progress, only)
+        return _finished(data, edge, writers, counts, only or "train")
+
+
+def _encode(
+    data: Data,
+    encoder: Encoder,
+    mine: NDArray[np.bool_] | None,
+    writers: Mapping[Name, SplitWriter],
+    progress: Callable[[int], None] | None,
+    only: Name | None,
+) -> dict[str, int]:
+    """Hands every example to the writer of its split, and counts."""
     counts = dict.fromkeys(COUNTS, 0)
-    for source, split in _sources(data):
+    for source, split in _sources(data) if only is None else [(data.source, only)]:
         own = ["split"] if split is None and data.builtin else []
         for numbers, batch in _batches(data, source, [*needed_columns(data), *own], mine if split is None else None):
             rows = encoder.rows(batch, numbers)
             places = [split] * len(rows) if split else _places(data, rows, batch)
-            _write(rows, encoder.examples(rows), places, writers, counts)
+            counts["rows"] += len(rows)
+            for row, example, place in zip(rows, encoder.examples(rows), places, strict=True):
+                if example is None:
+                    counts["dropped_empty"] += 1
+                    continue
+                counts["truncated"] += example.truncated
+                writers[place].add(example.input_ids, example.labels, digest(row.identity), row.prompt, row.response)
             if progress is not None:
                 progress(counts["rows"])
+    return counts
+
+
+def _finished(
+    data: Data, edge: str, writers: Mapping[Name, SplitWriter], counts: dict[str, int], needed: Name
+) -> EdgeData:
+    """The mapped splits, without the held-out rows that stand in train too."""
     known = np.frombuffer(writers["train"].digests, np.uint64)
     train = writers["train"].finish(known[:0])
     validation, test = (writers[name].finish(known) for name in SPLITS[1:])
     counts |= {"train": len(train), "validation": len(validation), "test": len(test)}
     counts["dropped_leaked"] = counts["rows"] - counts["dropped_empty"] - len(train) - len(validation) - len(test)
-    if len(train) == 0:
-        raise UserError(_no_rows(data, edge, counts))
+    if counts[needed] == 0:
+        raise UserError(_no_rows(data, counts, needed))
     fingerprint = blake2b(b"".join(writers[name].fingerprint() for name in SPLITS), digest_size=8).hexdigest()
     return EdgeData(train, validation, test, counts, fingerprint)
 
@@ -117,23 +150,6 @@ def _places(data: Data, rows: Sequence[Row], batch: pa.RecordBatch) -> list[Name
         return ["train" if name in files else name for name in batch.column("split").to_pylist()]
     validation, test = (share if isinstance(share, float) else 0.0 for share in (data.validation, data.test))
     return [split_of(row.key, validation, test) for row in rows]
-
-
-def _write(
-    rows: Sequence[Row],
-    examples: Sequence[Example | None],
-    places: Sequence[Name],
-    writers: dict[Name, SplitWriter],
-    counts: dict[str, int],
-) -> None:
-    """Hands every example to the writer of its split, and counts."""
-    counts["rows"] += len(rows)
-    for row, example, place in zip(rows, examples, places, strict=True):
-        if example is None:
-            counts["dropped_empty"] += 1
-            continue
-        counts["truncated"] += example.truncated
-        writers[place].add(example.input_ids, example.labels, digest(row.identity), row.prompt, row.response)
 
 
 def _sources(data: Data) -> Iterator[tuple[str, Name | None]]:
@@ -191,10 +207,11 @@ def _check_labels(data: Data, names: Sequence[str], numbers: Sequence[int], sour
             raise UserError(f"data.label: row {row} of {source} has {name!r}; data.labels has {', '.join(data.labels)}")
 
 
-def _no_rows(data: Data, edge: str, counts: dict[str, int]) -> str:
+def _no_rows(data: Data, counts: dict[str, int], needed: Name) -> str:
     found = ", ".join(f"{name} {count}" for name, count in counts.items())
     if counts["dropped_empty"]:
         remedy = f"raise data.max_length ({data.max_length} tokens), or check that the response is not empty"
     else:
         remedy = f"lower data.validation ({data.validation}) and data.test ({data.test}), or give this edge more rows"
-    return f"edge {edge or 'server'} has no training row in {data.source} ({found}); {remedy}"
+    kind = "training" if needed == "train" else needed
+    return f"no {kind} row in {data.source} ({found}); {remedy}"

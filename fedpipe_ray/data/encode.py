@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.settings import Data
 
+from .chat import ChatTemplate, Segments, assistant_turns, parse_messages
 from .docstrings import PROMPT, RESPONSE
 
 IGNORED = -100  # the label of a token without loss
@@ -84,7 +84,7 @@ class Row:
     key: rows of one key share a split; identity: what must not stand in train and in another split.
     """
 
-    segments: list[tuple[str, bool]]
+    segments: Segments
     key: str
     identity: str
     prompt: str = ""
@@ -112,11 +112,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.classes = {name: index for index, name in enumerate(classes)}
         self.templates = templates(data)
-        if data.messages is not None and data.task == "causal" and not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                f"data.messages: the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
-                "use data.prompt and data.response, or a model with one"
-            )
+        chats = data.messages is not None and data.task == "causal"
+        self.chat = ChatTemplate(tokenizer) if chats else None
         self.before, self.after = self._special_tokens()
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
@@ -134,8 +131,9 @@ class Encoder:
         records = batch.to_pylist()
         if self.data.task == "classification":
             return [self._classified(record, number) for number, record in zip(numbers, records, strict=True)]
-        if (column := self.data.messages) is not None:
-            return [self._chat(record[column], number) for number, record in zip(numbers, records, strict=True)]
+        if self.chat is not None:
+            columns = batch.column(str(self.data.messages)).to_pylist()
+            return [self._chatted(self.chat, *row) for row in zip(columns, numbers, strict=True)]
         return [self._answered(record) for record in records]
 
     def _answered(self, record: Mapping[str, str]) -> Row:
@@ -150,66 +148,19 @@ class Encoder:
             raise UserError(f"data.label: row {number} has {name!r}; the classes are {', '.join(self.classes)}")
         return Row([(text, False)] if text.strip() else [], text, text, text, name, self.classes[name])
 
-    def _chat(self, column: str, number: int) -> Row:
+    def _chatted(self, chat: ChatTemplate, column: str, number: int) -> Row:
         where = f"data.messages: row {number}"
-        messages = _messages(column, where)
-        said = [message["content"].strip() or message.get("tool_calls") for message in messages]
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and said[i]]
+        messages = parse_messages(column, where)
+        segments = chat.segments(messages, where)
         identity = "\x1f".join(f"{message['role']} {message['content']}" for message in messages)
-        if not turns:
+        if not segments:
             return Row([], identity, identity)
-        full = self._rendered(messages, where)
-        segments: list[tuple[str, bool]] = []
-        at = 0
-        for turn in turns:
-            start, end = self._span(messages, turn, full, at)
-            if not at <= start < end:
-                raise UserError(f"{where}: the chat template does not show message {turn + 1}; use another model")
-            segments += [(full[at:start], False), (full[start:end], True)]
-            at = end
+        turns = assistant_turns(messages)
         prompt = "".join(text for text, _ in segments[:-1])
         if self.before == [self.tokenizer.bos_token_id]:  # whoever tokenises it adds that token
             prompt = prompt.removeprefix(self.tokenizer.bos_token)
         key = "\x1f".join(message["content"] for message in messages[: turns[0]])
         return Row(segments, key or identity, identity, prompt, messages[turns[-1]]["content"])
-
-    def _span(self, messages: Sequence[Mapping[str, Any]], turn: int, full: str, at: int) -> tuple[int, int]:
-        """Where the assistant's turn, with its end-of-turn token, lies in `full`, not before `at`.
-
-        The rendering of a prefix of the messages is a prefix of `full` for most templates. Some change earlier turns
-        (they drop the thinking of all but the last): there the text itself is looked for.
-        """
-        before = self._part(messages[:turn], generation=True)
-        after = self._part(messages[: turn + 1])
-        known = len(before) if before and full.startswith(before) else at
-        if after and full.startswith(after) and at <= known < len(after):
-            return known, len(after)
-        content = messages[turn]["content"].strip()
-        found = full.find(content, known)
-        if found < 0:
-            return -1, -1
-        end = found + len(content)
-        tail = after[after.rfind(content) + len(content) :] if content in after else ""
-        end += _common(tail, full[end : end + len(tail)])
-        return (known if known > at else found), end
-
-    def _part(self, messages: Sequence[Mapping[str, Any]], generation: bool = False) -> str:
-        """A rendering of the first messages; "" where the template refuses a conversation that ends there."""
-        try:
-            return self._template(messages, generation)
-        except Exception:  # a template raises what it likes
-            return ""
-
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], where: str) -> str:
-        try:
-            return self._template(messages)
-        except Exception as error:
-            roles = ", ".join(str(message["role"]) for message in messages[:8])
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{where}: the model's chat template refuses the roles {roles}: {reason}") from None
-
-    def _template(self, messages: Sequence[Mapping[str, Any]], generation: bool = False) -> str:
-        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation))
 
     # -- rows of tokens
 
@@ -234,46 +185,16 @@ class Encoder:
             room = limit - len(self.before) - len(self.after)
             tokens = [*self.before, *parts[0][:room], *self.after]
             return Example(np.array(tokens, np.int32), np.array([row.label], np.int32), len(parts[0]) > room)
-        chat, eos = self.data.messages is not None, self.tokenizer.eos_token_id
-        tokens = [] if chat else list(self.before)
+        eos = self.tokenizer.eos_token_id
+        tokens = [] if self.chat else list(self.before)  # a chat template writes its special tokens itself
         labels = [IGNORED] * len(tokens)
         for part, (_, counted) in zip(parts, row.segments, strict=True):
             tokens += part
             labels += part if counted else [IGNORED] * len(part)
-        if not chat and eos is not None:
+        if self.chat is None and eos is not None:
             tokens.append(eos)
             labels.append(eos)
         kept = np.array(labels[:limit], np.int32)
         if not (kept[1:] != IGNORED).any():  # nothing predicts the first token
             return None
         return Example(np.array(tokens[:limit], np.int32), kept, len(tokens) > limit)
-
-
-def _common(one: str, other: str) -> int:
-    """Characters at the start that are the same."""
-    differ = (i for i, (a, b) in enumerate(zip(one, other)) if a != b)
-    return next(differ, min(len(one), len(other)))
-
-
-def _messages(column: str, where: str) -> list[dict[str, Any]]:
-    """Messages with string content out of a column's JSON; none for "". Raises UserError that shows keys, no text."""
-    try:
-        messages = json.loads(column or "[]")
-    except ValueError:
-        raise UserError(f"{where} is no list of messages, nor JSON of one") from None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{where} holds no list of messages; one is {{'role': ..., 'content': ...}}")
-    result = []
-    for message in messages:
-        if not isinstance(message.get("role"), str) or "content" not in message:
-            raise UserError(
-                f"{where} has a message with the keys {', '.join(map(str, message))}; it needs role and content"
-            )
-        content = message["content"]
-        if isinstance(content, list):  # parts, as multimodal sets have them
-            content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-        kept = {
-            key: value for key, value in message.items() if value is not None
-        }  # a template asks whether a key is there
-        result.append({**kept, "content": str(content or "")})
-    return result

@@ -91,7 +91,7 @@ class SplitWriter:
         self._pending: list[tuple[Any, ...]] = []
         self._tokens = 0
         with _room():
-            self._file = tempfile.TemporaryFile(prefix="fedpipe-")  # noqa: SIM115 (finish closes it, once it is mapped)
+            self._file = tempfile.TemporaryFile(prefix="fedpipe-")  # noqa: SIM115
             self._arrow = pa.ipc.new_file(self._file, self._schema)
 
     def add(self, input_ids: Tokens, labels: Tokens, digest: int, prompt: str, response: str) -> None:
@@ -103,6 +103,10 @@ class SplitWriter:
             with _room():
                 self._flush()
 
+    def close(self) -> None:
+        """Gives the temporary file's space back, unless a Split maps it."""
+        self._file.close()
+
     def finish(self, known: NDArray[np.uint64]) -> Split:
         """The rows, memory-mapped, without those whose digest is in `known`. Raises UserError as `add` does."""
         with _room():
@@ -110,7 +114,6 @@ class SplitWriter:
             self._arrow.close()
             self._file.flush()
             mapped = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._file.close()  # the mapping holds the file
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
         batches = tuple(reader.get_batch(i) for i in range(reader.num_record_batches))
         first = np.array([0, *accumulate(batch.num_rows for batch in batches)][:-1], np.int64)

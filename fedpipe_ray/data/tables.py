@@ -26,8 +26,8 @@ from .files import File, find_files
 
 BATCH_ROWS = 1024
 BATCH_BYTES = 512 << 10  # of text in a batch: a fast tokenizer takes some 50 bytes for each of them
-BLOCK_BYTES = 16 << 20  # of a CSV file: one row must fit in
-LINE_BYTES = 64 << 20  # of a JSONL file
+LINE_BYTES = 64 << 20  # of the longest row
+BLOCK_BYTES = (1 << 20, LINE_BYTES)  # of a CSV file: a row must fit in; some thirty blocks are read ahead
 DELIMITERS = (",", ";", "\t")
 _ROW_CONTENT = re.compile(r"(Expected \d+ columns, got \d+):.*", re.DOTALL)
 
@@ -100,7 +100,7 @@ def explained(where: str) -> Iterator[None]:
                 f"{where} is not UTF-8 ({reason}); convert it, for example: iconv -f latin1 -t utf-8 OLD > NEW"
             ) from None
         if "straddling" in reason:
-            reason = f"a row is longer than {BLOCK_BYTES >> 20} MiB; is a quote left open?"
+            reason = f"a row is longer than {LINE_BYTES >> 20} MiB; is a quote left open?"
         raise UserError(f"cannot read {where}: {reason}") from None
 
 
@@ -240,16 +240,33 @@ def _csv(file: File, columns: Sequence[str], limit: int | None) -> Iterator[pa.R
     doubled = [name for name in columns if names.count(name) > 1]
     if doubled:
         raise UserError(f"{file.name} has more than one column {doubled[0]!r}; rename one")
+    done = 0
+    for block in BLOCK_BYTES:
+        try:
+            for batch in _csv_batches(file, columns, delimiter, block, skip=done):
+                done += batch.num_rows
+                yield batch
+            return
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error) or block == BLOCK_BYTES[-1]:
+                raise
+
+
+def _csv_batches(file: File, columns: Sequence[str], delimiter: str, block: int, skip: int) -> Iterator[pa.RecordBatch]:
+    """Batches after the first `skip` rows, read in blocks of `block` bytes."""
     reader = pa.csv.open_csv(
         file.stream(),
-        read_options=pa.csv.ReadOptions(block_size=BLOCK_BYTES, use_threads=False),  # threads lose the row's number
+        read_options=pa.csv.ReadOptions(block_size=block, use_threads=False),  # threads lose the row's number
         parse_options=pa.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(
             include_columns=list(columns), column_types=dict.fromkeys(columns, pa.string())
         ),
     )
     with reader:
-        yield from reader
+        for batch in reader:
+            if batch.num_rows > skip:
+                yield batch.slice(skip)
+            skip = max(0, skip - batch.num_rows)
 
 
 def _csv_names(file: File, columns: Sequence[str] = ()) -> tuple[list[str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 from collections.abc import Mapping
@@ -16,20 +17,28 @@ if TYPE_CHECKING:
 METHODS = {
     "lora": "fedpipe_ray.methods.lora:Lora",
 }
+FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")
 
 
 def method_class(name: str) -> type:
     """The dataclass of a method: a name of METHODS, or a user's own `module:Class`. Raises UserError."""
+    if not isinstance(name, str):
+        raise UserError(f"method.name: {name!r} is no name; there are {', '.join(METHODS)}, or your own module:Class")
     path = METHODS.get(name, name)
     if ":" not in path:
         near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]}?" if near else "give module:Class for your own"
+        hint = f"did you mean {near[0]}?" if near else "give module:Class for your own."
         raise UserError(f"method.name: no method {name!r}; {hint} There are: {', '.join(METHODS)}")
     module, _, attribute = path.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"method.name: cannot import {path!r}: {error}") from None
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"method.name: cannot import {path!r}: {error}; is its folder on PYTHONPATH?") from None
+    missing = [function for function in FUNCTIONS if not callable(getattr(found, function, None))]
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found)) or missing:
+        lacks = f"it has no {', '.join(missing)}" if missing else "it is no dataclass"
+        raise UserError(f"method.name: {path} is no method: {lacks}; see methods/base.py")
+    return found
 
 
 def make_method(settings: Mapping[str, Any]) -> Method:

@@ -153,8 +153,9 @@ def weighted_mean(state: Message, reports: Iterable[Report | Lost]) -> Message:
     total, mean = 0.0, {name: torch.zeros(t.shape) for name, t in state.tensors.items()}
     for report, message in arrivals(reports, state.tensors):
         total += report.weight
-        for name, tensor in message.tensors.items():
-            mean[name].add_(tensor, alpha=report.weight)
+        for name, tensor in mean.items():
+            tensor.add_(message.tensors[name], alpha=report.weight)
+        del message  # before the next one is fetched
     if total == 0:
         return state
     return Message({name: tensor.div_(total) for name, tensor in mean.items()}, state.numbers)

@@ -1,0 +1,125 @@
+"""The command line before it does anything: help without the heavy libraries, and the list of methods."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from runs import ROOT, env, fedpipe
+
+from fedpipe_ray.__main__ import COMMANDS, main, parse, parser
+from fedpipe_ray.methods import METHODS, method_class
+
+HEAVY = ("torch", "ray", "transformers", "peft", "pyarrow", "bitsandbytes", "optuna", "datasets")
+
+
+def loaded_by(code: str) -> list[str]:
+    """Which heavy libraries stand in sys.modules after `code` in a fresh interpreter."""
+    program = f"import sys\n{code}\nprint(); print(sorted(sys.modules.keys() & {set(HEAVY)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[str] = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
+    return found
+
+
+HELP = """
+from fedpipe_ray.__main__ import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    assert end.code == 0
+else:
+    raise AssertionError
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fedpipe_ray",
+        "import fedpipe_ray.__main__",
+        "import fedpipe_ray.config, fedpipe_ray.settings, fedpipe_ray.errors, clusters",
+        HELP.format(arguments=["--help"]),
+        HELP.format(arguments=["run", "--help"]),
+    ],
+    ids=["package", "main", "config", "help", "run-help"],
+)
+def test_help_and_imports_are_light(code: str) -> None:
+    assert loaded_by(code) == []
+
+
+def test_the_check_above_can_fail() -> None:
+    assert loaded_by("import pyarrow") == ["pyarrow"]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: fedpipe {command}")
+    assert len(text.splitlines()) >= 3
+
+
+def test_every_command_can_be_parsed_and_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    (commands,) = [action for action in parser()._actions if action.dest == "command"]
+    assert set(commands.choices or ()) == set(COMMANDS)
+    assert all(f"    {command} " in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["run"], ["run", "a.yaml", "--fast"], ["export", "x"], ["methods", "x"]]
+)
+def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("usage: fedpipe")
+
+
+def test_settings_may_stand_after_a_flag() -> None:
+    options = parse(["run", "a.yaml", "rounds=2", "--out", "x", "local.lr=1e-3"])
+    assert (options.overrides, str(options.out)) == (["rounds=2", "local.lr=1e-3"], "x")
+
+
+def test_the_module_runs_as_a_program() -> None:
+    done = fedpipe("--help", timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: fedpipe")
+
+
+def test_methods_are_listed_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    import dataclasses
+
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    blocks: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            blocks[line.split()[0]] = current = [line]
+        else:
+            current.append(line.strip())
+    assert list(blocks) == list(METHODS)
+    for name, (first, *settings) in blocks.items():
+        cls: Any = method_class(name)
+        assert str(cls.__doc__).splitlines()[0] in first
+        assert [line.partition(":")[0] for line in settings] == [field.name for field in dataclasses.fields(cls)]
+    assert "rank: 8" in blocks["lora"]
+
+
+def test_a_missing_file_ends_with_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "no-such-file.yaml"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("fedpipe: no file no-such-file.yaml")
+    assert len(captured.err.splitlines()) == 1

@@ -1,0 +1,367 @@
+"""A run that was killed, stopped or extended ends with the bits of one that never was, on both fleets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import torch
+import yaml
+from runs import ROOT, assert_same, belonging, command, env, fedpipe, here, tensors, tiny_run
+
+from fedpipe_ray.message import Message
+
+ROUNDS = 24  # some seconds, of which a test that stops the run after two rounds needs a part
+METHODS = '''
+"""Methods that a user might bring."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedpipe_ray.message import Message
+from fedpipe_ray.methods.lora import Lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Lora):
+    """LoRA whose edges add what they drew in all rounds so far to their update."""
+
+    def local_update(self, order, site, rng):
+        update = super().local_update(order, site, rng)
+        before = site.private.tensors["drawn"] if site.private else torch.zeros(3)
+        site.private = Message({"drawn": before + torch.from_numpy(rng.random(3)).float()})
+        mean = site.private.tensors["drawn"].mean()
+        return Message({name: tensor + 1e-3 * mean for name, tensor in update.tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Lora):
+    """LoRA whose second round takes hours while the variable SLOW names a file, which is written when it begins."""
+
+    def local_update(self, order, site, rng):
+        if site.round == 1 and "SLOW" in os.environ:
+            Path(os.environ["SLOW"]).touch()
+            site.train(site.base.attached[self.spec(site)], rng, steps=10**7)
+        return super().local_update(order, site, rng)
+'''
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path) -> Path:
+    """A run file whose data are its own, so that a test may change them."""
+    folder = tmp_path_factory.mktemp("resume")
+    shutil.copytree(data_dir, folder / "data")
+    return tiny_run(folder, model_dir, folder / "data")
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path) -> Path:
+    """The folder of a run that was never stopped."""
+    folder = tiny.parent / "whole"
+    assert here("run", tiny, f"rounds={ROUNDS}", "--out", folder) == 0
+    return folder
+
+
+@pytest.fixture
+def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the module `own_methods`, on this process's path."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    (folder / "own_methods.py").write_text(METHODS)
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """start(log, *arguments, **environment): the command line in a process that does not outlive the test."""
+    processes: list[tuple[subprocess.Popen[str], IO[str]]] = []
+
+    def begin(log: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        file = log.open("w")
+        process = subprocess.Popen(
+            command(*arguments), cwd=ROOT, env=env(**environment), stdout=file, stderr=subprocess.STDOUT, text=True
+        )
+        processes.append((process, file))
+        return process
+
+    yield begin
+    for process, file in processes:
+        process.kill()
+        process.wait()
+        file.close()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], log: Path) -> None:
+    """Until `condition` holds; fails if the process ends before, or after four minutes."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of rounds.jsonl."""
+    path = folder / "rounds.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    )
+
+
+def repeatable(folder: Path) -> list[dict[str, Any]]:
+    """rounds.jsonl without what a clock or the operating system measured."""
+    found = records(folder)
+    for record in found:
+        for part in (record, *record["edges"].values()):
+            for key in ("wall_seconds", "evaluate_seconds", "seconds", "step_seconds", "peak_memory_bytes"):
+                part.pop(key, None)
+    return found
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """Of the newest checkpoint."""
+    return dict(json.loads((max((folder / "checkpoint").glob("round-*")) / "manifest.json").read_text()))
+
+
+def assert_like(folder: Path, other: Path) -> None:
+    """Same adapter, same record of the rounds, same summary but for measured time."""
+    assert_same(tensors(folder), tensors(other))
+    assert repeatable(folder) == repeatable(other)
+    one, two = summary(folder), summary(other)
+    for found in (one, two):
+        found["totals"].pop("wall_seconds")
+    assert one == two
+
+
+def test_killed_and_resumed(tiny: Path, whole: Path, tmp_path: Path, start: Callable[..., Any]) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(log, "run", tiny, f"rounds={ROUNDS}", "--out", folder)
+    wait_for(lambda: len(records(folder)) >= 2, process, log)
+    process.kill()
+    process.wait()
+    assert 1 <= manifest(folder)["round"] < ROUNDS
+    assert not (folder / "adapter").exists()
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 99, "train_l')  # as if it had been killed while it wrote
+    done = fedpipe("resume", os.path.relpath(folder, tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert summary(folder)["status"] == "finished"
+    assert_like(folder, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_after_the_round_and_resumed(
+    number: signal.Signals, tiny: Path, whole: Path, tmp_path: Path, start: Callable[..., Any]
+) -> None:
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(log, "run", tiny, f"rounds={ROUNDS}", "--out", folder)
+    wait_for(lambda: len(records(folder)) >= 2, process, log)
+    process.send_signal(number)
+    assert process.wait(120) == 128 + number
+    done = manifest(folder)["round"]
+    assert 2 <= done < ROUNDS
+    assert [record["round"] for record in records(folder)] == list(range(1, done + 1))
+    assert (summary(folder)["status"], summary(folder)["rounds"]) == ("interrupted", done)
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert f"stopped after round {done}; go on with: fedpipe resume {folder}" in log.read_text()
+    assert here("resume", folder) == 0
+    assert_like(folder, whole)
+
+
+def test_second_signal_stops_at_once(tiny: Path, tmp_path: Path, methods: Path, start: Callable[..., Any]) -> None:
+    folder, log, begun = tmp_path / "run", tmp_path / "log", tmp_path / "begun"
+    arguments = ("method.name=own_methods:Slow", "rounds=3")
+    path = f"{methods}:{ROOT}"
+    process = start(log, "run", tiny, *arguments, "--out", folder, PYTHONPATH=path, SLOW=str(begun))
+    wait_for(begun.exists, process, log)
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: "stopping after this round" in (folder / "log.txt").read_text(), process, log)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert f"stopped after round 1; go on with: fedpipe resume {folder}" in log.read_text()
+    assert manifest(folder)["round"] == 1
+    other = tmp_path / "other"
+    assert here("resume", folder) == here("run", tiny, *arguments, "--out", other) == 0
+    assert_like(folder, other)
+
+
+def test_killed_before_the_last_evaluation(tiny: Path, whole: Path, tmp_path: Path) -> None:
+    """All rounds are done and on disk, adapter and summary are not: there is something left to resume."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter", "summary.json"))
+    assert here("resume", folder) == 0
+    assert_like(folder, whole)
+
+
+def test_damaged_checkpoint_gives_way_to_the_one_before(
+    tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("adapter", "summary.json"))
+    flip(folder / "checkpoint" / f"round-{ROUNDS:04d}" / "state.safetensors")
+    assert here("resume", folder) == 0
+    assert f"round-{ROUNDS:04d} is damaged" in capsys.readouterr().out
+    assert_like(folder, whole)
+    for place in (folder / "checkpoint").iterdir():
+        (place / "manifest.json").write_text("{")
+    assert here("resume", folder) == 2
+    assert "no usable checkpoint (2 found)" in capsys.readouterr().err
+
+
+def flip(path: Path) -> None:
+    """Changes the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_extended(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a constant rate an extended run is the longer run; other schedules depend on the number of rounds."""
+    folder, longer = tmp_path / "run", tmp_path / "longer"
+    assert here("run", tiny, "local.schedule=constant", "rounds=2", "--out", folder) == 0
+    assert here("resume", folder) == 2
+    assert "has all its 2 rounds; extend it with rounds=4" in capsys.readouterr().err
+    assert here("resume", folder, "rounds=1") == 2
+    assert "rounds: 1 is less than the 2 rounds" in capsys.readouterr().err
+    assert here("resume", folder, "rounds=5") == 0
+    assert here("run", tiny, "local.schedule=constant", "rounds=5", "--out", longer) == 0
+    assert_like(folder, longer)
+    assert (folder / "config.yaml").read_text() == (longer / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("change", ["local.lr=0.02", "method.rank=2", "seed=1", "fleet.edges.b.cpus=0.2"])
+def test_training_keys_stay(change: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    assert here("resume", folder, change, f"rounds={ROUNDS + 1}") == 2
+    assert f"resume cannot change {change.partition('=')[0]};" in capsys.readouterr().err
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["local"]["lr"] = 0.02  # the same by hand
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert here("resume", folder, f"rounds={ROUNDS + 1}") == 2
+    assert "config.yaml is not the one this run began with" in capsys.readouterr().err
+
+
+def test_changed_data_is_refused(tiny: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, rows = tmp_path / "run", tiny.parent / "data" / "b.jsonl"
+    shutil.copytree(whole, folder)
+    before = rows.read_text()
+    try:
+        rows.write_text(before + '{"question": "alpha beta gamma", "answer": "delta", "kind": "x"}\n')
+        assert here("resume", folder, f"rounds={ROUNDS + 1}") == 2
+        assert "the data of edge b changed since the checkpoint" in capsys.readouterr().err
+        assert_like(folder, whole)
+    finally:
+        rows.write_text(before)
+    assert here("resume", folder, f"rounds={ROUNDS + 1}") == 0
+
+
+def test_private_state_goes_on(
+    tiny: Path, tmp_path: Path, methods: Path, start: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three edges a round, so that the edges' private states are of different rounds."""
+    arguments = ("method.name=own_methods:Counting", f"rounds={ROUNDS}", "fleet.fraction=0.67")
+    whole, folder, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert here("run", tiny, *arguments, "--out", whole) == 0
+    process = start(log, "run", tiny, *arguments, "--out", folder, PYTHONPATH=f"{methods}:{ROOT}")
+    wait_for(lambda: len(records(folder)) >= 6, process, log)
+    process.kill()
+    process.wait()
+    assert 5 <= manifest(folder)["round"] < ROUNDS  # the record of a round comes before its checkpoint
+    private = manifest(folder)["private"]
+    assert set(private) == {"a", "b", "c"}
+    for edge, rest in private.items():
+        path = Path(rest["path"])
+        assert path.parent == folder / "private" / edge
+        assert Message.load(path, rest["sha256"]).tensors["drawn"].shape == (3,)
+
+    flip(Path(private["b"]["path"]))
+    assert here("resume", folder) == 2
+    assert "edge b: its private state cannot be restored" in (said := capsys.readouterr().err)
+    assert private["b"]["path"] in said.replace("\n", "")
+    flip(Path(private["b"]["path"]))
+
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    assert here("resume", moved) == 0
+    assert_like(moved, whole)
+    assert {p.name for p in (moved / "private").iterdir()} == {"a", "b", "c"}
+
+
+def losses(folder: Path) -> list[float]:
+    """Validation losses by round."""
+    return [record["eval"]["global"]["loss"] for record in records(folder)]
+
+
+def test_best_round_is_kept_and_runs_stop_early(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rate rises until it does harm: after the second round the validation loss is never as good again."""
+    arguments = ("rounds=5", "local.lr=0.3", "local.schedule=constant", "local.warmup_steps=32")
+    kept, reached, tired = tmp_path / "kept", tmp_path / "reached", tmp_path / "tired"
+    assert here("run", tiny, *arguments, "evaluate.keep=best", "--out", kept) == 0
+    best, patience = losses(kept).index(min(losses(kept))) + 1, 2
+    stops = best + patience
+    assert 1 < best < stops < 5, "on this machine another rate is needed"
+    assert (summary(kept)["status"], summary(kept)["rounds"]) == ("finished", 5)
+
+    assert here("run", tiny, *arguments, f"evaluate.target={min(losses(kept))!r}", "--out", reached) == 0
+    assert (summary(reached)["status"], summary(reached)["rounds"]) == ("stopped_early", best)
+    assert_same(tensors(reached), tensors(kept))
+    assert summary(reached)["tuned"] == summary(kept)["tuned"]
+
+    keep = ("evaluate.keep=best", f"evaluate.patience={patience}")
+    assert here("run", tiny, *arguments, *keep, "--out", tired) == 0
+    assert (summary(tired)["status"], summary(tired)["rounds"]) == ("stopped_early", stops)
+    assert losses(tired) == losses(kept)[:stops]
+    assert_same(tensors(tired), tensors(kept))
+    capsys.readouterr()
+    assert here("resume", tired) == 2
+    assert "stopped early: no better validation loss for 2 evaluations" in capsys.readouterr().err
+
+    for cut in (stops, stops - 1):  # killed after its last round; killed in its last round
+        again = tmp_path / f"again-{cut}"
+        shutil.copytree(tired, again, ignore=shutil.ignore_patterns("adapter", "summary.json"))
+        if cut < stops:
+            shutil.rmtree(again / "checkpoint" / f"round-{stops:04d}")
+        assert here("resume", again) == 0
+        assert_like(again, tired)
+    assert here("resume", tired, "evaluate.patience=null") == 0
+    assert (summary(tired)["status"], summary(tired)["rounds"]) == ("finished", 5)
+    assert_same(tensors(tired), tensors(kept))
+
+
+def test_ray_run_killed_and_resumed(
+    tiny: Path, whole: Path, tmp_path: Path, ray_folder: Path, start: Callable[..., Any]
+) -> None:
+    """The private cluster dies with its driver; the resumed run has the bits of one that never saw Ray."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = start(log, "run", tiny, f"rounds={ROUNDS}", "fleet.ray=true", "--out", folder, RAY_TMPDIR=str(ray_folder))
+    wait_for(lambda: len(records(folder)) >= 2, process, log)
+    assert len(belonging(ray_folder)) > 4  # the driver, the daemons of Ray, the workers
+    process.kill()
+    process.wait()
+    assert 1 <= manifest(folder)["round"] < ROUNDS
+    deadline = time.monotonic() + 30
+    while (left := belonging(ray_folder)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert [process.cmdline() for process in left] == []
+    done = fedpipe("resume", folder, RAY_TMPDIR=str(ray_folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(tensors(folder), tensors(whole))
+    assert repeatable(folder) == repeatable(whole)
+    assert torch.get_num_threads() == 1
