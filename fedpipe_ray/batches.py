@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 from torch.nn import functional
 
 IGNORED = -100
+WINDOW = 8  # batches
 
 
 class Rows(Protocol):
     """Encoded rows of one split; data.Split is one."""
 
     def __len__(self) -> int: ...
+
+    def length(self, index: int) -> int: ...
 
     def example(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]: ...
 
@@ -79,6 +83,19 @@ def endless(count: int, rng: np.random.Generator) -> Iterator[int]:
     """Row numbers, one permutation of all rows after the other."""
     while True:
         yield from rng.permutation(count)
+
+
+def batches_of_like_length(rows: Rows, batch: int, count: int, rng: np.random.Generator) -> Iterator[list[int]]:
+    """`count` batches of row numbers, drawn from `endless`; rows of a window of 8 batches are grouped by length.
+
+    Padding then costs little: a step of the quickstart took 2.3 times as long with rows as drawn.
+    """
+    order = endless(len(rows), rng)
+    for start in range(0, count, WINDOW):
+        drawn = list(islice(order, batch * min(WINDOW, count - start)))
+        drawn.sort(key=rows.length)
+        for place in rng.permutation(len(drawn) // batch):
+            yield [int(row) for row in drawn[place * batch : (place + 1) * batch]]
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -238,4 +238,5 @@ def megabytes(count: float) -> str:
 
 def shortened(source: str, limit: int = 24) -> str:
     """The end of a source, which tells more than its beginning."""
+    source = source.removeprefix("builtin:")
     return source if len(source) <= limit else "..." + source[-(limit - 3) :]

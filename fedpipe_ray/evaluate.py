@@ -41,7 +41,7 @@ def evaluate(
     count = min(len(rows), limit or len(rows))
     if count == 0:
         return {}
-    lengths = np.array([len(rows.example(i)[0]) for i in range(count)])
+    lengths = np.array([rows.length(i) for i in range(count)])
     order = np.argsort(lengths, kind="stable")  # rows of like length together: less padding
     total, units, right = 0.0, 0, 0
     confusion = np.zeros((classes, classes), dtype=np.int64)  # [label, prediction]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 import os
 import tempfile
 import warnings
@@ -22,6 +24,7 @@ from .errors import UserError
 from .message import DTYPES, Message
 from .settings import Model
 
+log = logging.getLogger("fedpipe")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft calls it
@@ -72,9 +75,12 @@ class Base:
             return cls(model.to(dtype) if dtype is not None else model, tokenizer, device)
         torch.manual_seed(seed)  # weights the checkpoint lacks (a classifier's head) start equal everywhere
         extra = {} if dtype is None else {"dtype": dtype}
-        model = _loading(
-            settings, lambda: KINDS[task].from_pretrained(**_where(settings), **labels(task, classes), **extra)
-        )
+        arguments = {**labels(task, classes), **extra, "output_loading_info": True}
+        model, found = _loading(settings, lambda: KINDS[task].from_pretrained(**_where(settings), **arguments))
+        head = "" if task == "causal" else f"{model.base_model_prefix}."  # a classifier's own head is trained
+        lacking = sorted(name for name in found["missing_keys"] if name.startswith(head))
+        if lacking:
+            _warn_of_random_weights(settings.name, ", ".join(lacking[:4]))
         return cls(model, load_tokenizer(settings), device)
 
     def parcel(self) -> Parcel:
@@ -90,6 +96,15 @@ class Base:
                 tensors[name] = tensor
                 seen.add(tensor.data_ptr())
         return Parcel(files, Message(tensors))
+
+
+@functools.cache  # once a process
+def _warn_of_random_weights(name: str, lacking: str) -> None:
+    log.warning(
+        "model.name: %s has no weights for %s; they are random and stay so, and an adapter does not hold them "
+        "(export --merge does); give a checkpoint that has them",
+        name, lacking,
+    )  # fmt: skip
 
 
 def empty_model(settings: Model, task: str, classes: Sequence[str], buffers: bool = False) -> Any:

@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
-from .batches import Rows, autocast, collate, endless, sums
+from .batches import Rows, autocast, batches_of_like_length, collate, sums
 from .errors import DivergedError
 from .settings import Local
 
@@ -69,16 +68,15 @@ def train(
     steps = steps_of(local, len(rows))
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=local.lr, weight_decay=local.weight_decay, fused=device.type != "mps")
-    order = endless(len(rows), rng)
     total_loss, units, tokens, seconds = 0.0, 0, 0, []
     checkpointing(model, local.checkpointing)
     model.train()
     try:
-        for step in range(steps):
+        for step, drawn in enumerate(batches_of_like_length(rows, local.batch, steps, rng)):
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(local, round * steps + step, rounds * steps)
-            parts = np.array_split(np.fromiter(islice(order, local.batch), int), local.accumulate)
+            parts = np.array_split(drawn, local.accumulate)
             batches = [collate(rows, list(part), pad_id, classifier) for part in parts]
             terms = sum(batch.units for batch in batches)
             loss = 0.0

@@ -134,8 +134,23 @@ def test_the_short_head_equals_the_whole(rows: Some) -> None:
     assert torch.allclose(short, torch.cat([p.grad.flatten() for p in model.parameters()]), atol=1e-5)
 
 
+class Whole(torch.nn.Module):
+    """A model as many remote ones are: its head runs on every position, it cannot be asked for less."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
+
+
 def test_a_model_without_a_short_head_gives_the_same() -> None:
-    """Constant has no logits_to_keep: bias (0, ln 3, 0, 0), responses [1] and [0, 2]: (ln 2 + 2 ln 6) / 3."""
+    assert measured(Whole(llama()), MIXED) == pytest.approx(measured(llama(), MIXED), rel=1e-6)
+
+
+def test_constant_logits_by_hand() -> None:
+    """Bias (0, ln 3, 0, 0), responses [1] and [0, 2]: (ln 2 + 2 ln 6) / 3."""
     found = measured(Constant([0.0, math.log(3), 0.0, 0.0]), Some([answer([3, 2, 2], [1]), answer([0], [0, 2])]))
     assert found["loss"] == pytest.approx((math.log(2) + 2 * math.log(6)) / 3, rel=1e-6)
     assert found["token_accuracy"] == pytest.approx(1 / 3)

@@ -52,9 +52,9 @@ def answer(model: Any, tokenizer: Any, prompt: str) -> str:
 def own(finished: Path, talkative: Path) -> Path:
     """A CSV file that no edge has: one row stands in it twice, one has the base's answer, one the tuned model's."""
     tokenizer, plain = AutoTokenizer.from_pretrained(talkative), AutoModelForCausalLM.from_pretrained(talkative).eval()
-    of_base = answer(plain, tokenizer, "up left right")
+    of_base = answer(plain, tokenizer, "one two three")
     of_tuned = answer(peft.PeftModel.from_pretrained(plain, finished / "adapter").eval(), tokenizer, "four five")
-    rows = [("red green blue", "red"), ("red green blue", "red"), ("up left right", of_base), ("four five", of_tuned)]
+    rows = [("red green blue", "red"), ("red green blue", "red"), ("one two three", of_base), ("four five", of_tuned)]
     path = finished.parent / "own.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([("question", "answer"), *rows])
@@ -173,7 +173,7 @@ def test_what_is_wrong_is_said(finished: Path, own: Path, tmp_path: Path, capsys
         (finished.parent,): "is neither a run folder (config.yaml) nor a PEFT adapter",
         (tmp_path, "--config", config, "--data", own): f"{tmp_path} is no adapter for",
         (finished, "--data", tmp_path / "none.jsonl"): "none.jsonl",
-        (finished, "--data", tmp_path / "empty.jsonl"): "has no test row",
+        (finished, "--data", tmp_path / "empty.jsonl"): "no test row in",
         (finished, "evaluate.generat=3"): "did you mean generate?",
     }
     for arguments, words in wrong.items():

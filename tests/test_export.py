@@ -23,7 +23,7 @@ from fedpipe_ray.model import Base
 from fedpipe_ray.record import RunFolder
 from fedpipe_ray.run import server_site
 
-TOKENS = torch.tensor([[3, 9, 17, 5, 20], [4, 4, 11, 22, 8]])  # [rows, length]
+TOKENS = torch.tensor([[3, 9, 17, 5, 10], [4, 4, 11, 12, 8]])  # [rows, length]
 SMALL = {"vocab_size": 25, "pad_token_id": 1}
 MODELS: dict[str, Any] = {  # an encoder alone: pretrained checkpoints have no head either
     "llama": None,
@@ -135,6 +135,7 @@ def test_classifier(kind: str, labels: str, run_file: Path, tmp_path: Path, mode
     assert float((logits(plain) - expected).abs().max()) > 0.01
     adapted = logits(peft.PeftModel.from_pretrained(plain, folder / "adapter"))
     torch.testing.assert_close(adapted, expected, rtol=0, atol=1e-6)
+    assert "has no weights for" not in (folder / "log.txt").read_text()
 
     out = tmp_path / "merged"
     assert here("export", folder, "--out", out, "--merge") == 0
@@ -144,6 +145,23 @@ def test_classifier(kind: str, labels: str, run_file: Path, tmp_path: Path, mode
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-5)
     summary = json.loads((folder / "summary.json").read_text())
     assert set(summary["tuned"]["global"]) == {"loss", "accuracy", "macro_f1", "rows"}
+
+
+def test_random_weights_are_told_of(
+    run_file: Path, tmp_path: Path, model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A masked language model has no pooler: a classifier on it computes with a random one, which an adapter lacks."""
+    folder, base = tmp_path / "run", model_folder("bert", tmp_path, model_dir)
+    whole = transformers.AutoModel.from_pretrained(base)
+    kept = {name: tensor for name, tensor in whole.state_dict().items() if "pooler" not in name}
+    whole.save_pretrained(base, state_dict=kept)
+    data = f'data={{source: "{load(run_file).data.source}", task: classification, text: "{{question}}", label: kind}}'
+    ours, _ = trained(folder, run_file, f"model.name={base}", data)
+    said = capsys.readouterr().out
+    assert said.count("has no weights for bert.pooler.dense.bias, bert.pooler.dense.weight") == 1
+    assert here("export", folder, "--out", tmp_path / "merged", "--merge") == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), logits(ours), rtol=0, atol=1e-5)
 
 
 def test_export_of_classes_found_in_data_knows_them(run_file: Path, tmp_path: Path, model_dir: Path) -> None:

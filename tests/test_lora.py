@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -256,13 +257,17 @@ def test_the_base_stays_the_base(task: str) -> None:
 
 def test_a_saved_adapter_is_the_same_file_every_time(tmp_path: Path) -> None:
     files = []
-    for i, targets in enumerate((("q_proj", "v_proj", "o_proj"), ("o_proj", "q_proj", "v_proj"))):
+    names = ("q_proj", "v_proj", "k_proj", "o_proj", "up_proj", "down_proj")
+    for i, targets in enumerate((names, names[::-1])):
         spec = LoraSpec(2, 4, targets)
         model = lora.inject(llama(), spec)
         lora.save_adapter(tmp_path / str(i), spec, model, adapter(model), "some/model")
         files.append({path.name: path.read_bytes() for path in (tmp_path / str(i)).iterdir()})
     assert files[0] == files[1]
     assert sorted(files[0]) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads(files[0]["adapter_config.json"])  # PEFT has a set there, whose order changes with the process
+    assert config["target_modules"] == sorted(names)
+    assert list(config) == sorted(config)
 
 
 @pytest.mark.parametrize("task", ["causal", "classification"])

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from toys import CPU, PAD, Constant, Some, answer, classifier, llama, uniform
 
 from fedpipe_ray import lora
+from fedpipe_ray.batches import batches_of_like_length
 from fedpipe_ray.errors import DivergedError
 from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.methods import make_method
@@ -124,13 +125,19 @@ def test_steps_of_a_round(changes: dict[str, Any], rows: int, steps: int) -> Non
     ("count", "batch", "steps", "times"), [(10, 2, 5, 1), (10, 4, 5, 2), (6, 4, 3, 2), (3, 8, 3, 8)]
 )
 def test_every_row_is_seen_once_an_epoch(count: int, batch: int, steps: int, times: int) -> None:
-    """Also where a batch spans two epochs, or more."""
+    """Also where a batch spans two epochs, or more; rows are grouped by length within 8 batches only."""
     rows = Some([answer([3], [i % V]) for i in range(count)])
     done = trained(Constant([0.0] * V), rows, Local(steps=steps, batch=batch))
     assert Counter(rows.seen) == dict.fromkeys(range(count), times)
-    for epoch in range(times):
-        assert set(rows.seen[epoch * count : (epoch + 1) * count]) == set(range(count))
     assert (done.steps, done.samples) == (steps, steps * batch)
+
+
+def test_batches_hold_rows_of_like_length_in_no_order_of_length() -> None:
+    """Of 64 lengths in 8 batches, each batch holds 8 neighbours; the batches themselves are shuffled."""
+    rows = Some([answer([3] * (1 + i), [5]) for i in range(64)])
+    found = list(batches_of_like_length(rows, 8, 8, np.random.default_rng(0)))
+    assert sorted(sorted(batch) for batch in found) == [list(range(8 * i, 8 * i + 8)) for i in range(8)]
+    assert [min(batch) for batch in found] != sorted(min(batch) for batch in found)
 
 
 def test_epochs_differ_and_follow_the_generator() -> None:
@@ -235,12 +242,17 @@ def test_weight_decay_pulls_and_rounds_start_afresh() -> None:
 
 
 def test_every_step_is_told() -> None:
-    """Tokens add up, padding and all: rows of 3 to 6 tokens, all four in each step."""
+    """Tokens add up, padding and all.
+
+    Twelve rows of 3, 4, 5 and 6 tokens, three each, make batches of length 4, 5 and 6 in some order: 16, 20, 24 tokens.
+    """
     told: list[tuple[int, int, int]] = []
     model = Constant([0.0] * V)
     local = Local(steps=3, batch=4)
     done = trained(model, MIXED, local, on_step=lambda step, steps, loss, tokens: told.append((step, steps, tokens)))
-    assert told == [(1, 3, 24), (2, 3, 48), (3, 3, 72)]
+    assert [(step, steps) for step, steps, _ in told] == [(1, 3), (2, 3), (3, 3)]
+    assert sorted(np.diff([0, *(tokens for _, _, tokens in told)])) == [16, 20, 24]
+    assert done.tokens == 60
     assert done.step_seconds > 0
 
 

@@ -35,6 +35,9 @@ class Some:
         tokens, labels = self.rows[index]
         return np.array(tokens, np.int32), np.array(labels, np.int32)
 
+    def length(self, index: int) -> int:
+        return len(self.rows[index][0])
+
     def text(self, index: int) -> tuple[str, str]:
         return self.texts[index]
 

@@ -65,6 +65,11 @@ class Split:
         batch, row = self._find(index)
         return _values(batch.column("input_ids"), row), _values(batch.column("labels"), row)
 
+    def length(self, index: int) -> int:
+        """Tokens of a row."""
+        batch, row = self._find(index)
+        return len(batch.column("input_ids")[row])
+
     def text(self, index: int) -> tuple[str, str]:
         """(prompt, response) of a test row; other splits keep no text. Tokenise the prompt with its special tokens."""
         batch, row = self._find(index)
