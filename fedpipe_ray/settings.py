@@ -134,7 +134,7 @@ class Profile(Section):
     gpus: fraction of one GPU, or a number of GPUs; gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host
     memory Ray reserves. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
     latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ here, or
-    just a source. private_dir: where its private state rests (default: in the run folder).
+    just a source. private_dir: where its private state rests, in a folder named as the run folder (default: in that).
     """
 
     gpus: float = 0.0

@@ -208,7 +208,9 @@ class Site:
         return {"path": str(path), "sha256": digest}
 
     def _private_folder(self, private_dir: Path) -> Path:
-        return Path(self.profile.private_dir or private_dir) / self.name
+        """In the run folder; in a profile's own private_dir, under the run folder's name, so that runs can share it."""
+        own = self.profile.private_dir
+        return (Path(own) / private_dir.parent.name if own else private_dir) / self.name
 
     def restore(self, round: int, path: str, sha256: str) -> None:
         """Takes up the private state of a checkpoint. Raises UserError if the file is gone or damaged.
