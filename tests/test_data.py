@@ -2,7 +2,6 @@
 
 import resource
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -174,20 +173,16 @@ def test_the_fingerprint_does_not_depend_on_batches(tmp_path: Path, monkeypatch:
     assert texts(second.train) == texts(first.train)
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 16 KiB: a full disk, as write() sees it."""
+def test_a_full_temporary_folder_is_named(tmp_path: Path) -> None:
+    """No file may grow beyond 16 KiB: a full disk, as write() sees it. Lifted before pytest itself writes again."""
+    source = lines(tmp_path / "a.jsonl", PAIRS)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_temporary_folder_is_named(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    source = lines(tmp_path / "a.jsonl", PAIRS)
-    request.getfixturevalue("small_files")
-    with pytest.raises(UserError, match=r"cannot keep encoded rows in /.*File too large; .*TMPDIR"):
-        opened(qa(source))
+    try:
+        with pytest.raises(UserError, match=r"cannot keep encoded rows in /.*File too large; .*TMPDIR"):
+            opened(qa(source))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_an_edge_without_a_training_row(tmp_path: Path) -> None:
