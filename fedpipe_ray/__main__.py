@@ -105,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fedpipe: stopped", file=sys.stderr)
         return 130
+    finally:
+        close_log()
 
 
 def siblings() -> None:
@@ -148,13 +150,20 @@ def load(config: Path, overrides: Sequence[str]) -> Run:
     return run
 
 
+def close_log() -> None:
+    """Ends this command's log handlers; a program that calls `main` keeps none of them."""
+    log = logging.getLogger("fedpipe")
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
+
+
 def set_up_logging(display: Display, file: Path | None) -> None:
     """Warnings of the run go to the screen, everything to the run's log."""
+    close_log()
     log = logging.getLogger("fedpipe")
     log.setLevel(logging.INFO)
-    for handler in log.handlers:
-        handler.close()
-    log.handlers[:] = [display.handler()]
+    log.addHandler(display.handler())
     if file is not None:
         to_file = logging.FileHandler(file)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
