@@ -1,8 +1,8 @@
 """Do the examples on real files improve on the base model?
 
-    python -m benchmarks.real_files FOLDER
+    python -m benchmarks.real_files FOLDER [SEED ...]
 
-FOLDER holds ag_news.csv, e2e_devset.csv and gsm8k_train.jsonl. Three seeds each, in one process without Ray.
+FOLDER holds ag_news.csv, e2e_devset.csv and gsm8k_train.jsonl. Every seed (default 0 1 2) in one process without Ray.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ ROOT = Path(__file__).parent.parent
 FILES = {"ag_news": "ag_news.csv", "e2e": "e2e_devset.csv", "gsm8k": "gsm8k_train.jsonl"}
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, seeds: list[int]) -> None:
     """Runs every example with every seed; publishes after each run."""
     rows: list[dict[str, Any]] = []
     for example, file in FILES.items():
-        for seed in (0, 1, 2):
+        for seed in seeds:
             with tempfile.TemporaryDirectory() as place:
                 command = [
                     sys.executable, "-m", "fedpipe_ray", "run", f"examples/{example}.yaml",
@@ -40,8 +40,8 @@ def main(folder: Path) -> None:
                 "metric": metric, "base": before[metric], "tuned": after[metric],
                 "rounds s": summary["totals"]["wall_seconds"],
             })  # fmt: skip
-            publish("real_files", "Examples on real files: test rows, mean over the edges", rows, seeds=[0, 1, 2])
+            publish("real_files", "Examples on real files: test rows, mean over the edges", rows, seeds=seeds)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main(Path(sys.argv[1]).resolve(), [int(seed) for seed in sys.argv[2:]] or [0, 1, 2])
