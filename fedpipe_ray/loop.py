@@ -106,8 +106,9 @@ def federate(
     Raises AllEdgesLost if no edge of a round gave a usable report; the state before it stands.
     """
     start = start or Start(method.start(server, rng_for(seed, 0, "start")))
-    state = start.state
-    for number in range(start.round, rounds):
+    state, first = start.state, start.round
+    del start  # or the first state would be held to the end
+    for number in range(first, rounds):
         began = time.perf_counter()
         edges = sample(fleet.edges, fraction, seed, number)
         orders = method.plan(state, edges, server, number, rng_for(seed, number, "plan"))
