@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 every edge lost, 128 + signal when stopped."""
     options = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for one another soon sleep, not spin: beside another busy process, spinning made a step
-    # of two threads up to ten times longer. Never spinning costs more on an idle machine. Read when torch is imported.
+    # Threads that wait for one another soon sleep, not spin: meant for busy machines, its gain there is not settled
+    # (benchmarks/LOG.md). Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         siblings()
