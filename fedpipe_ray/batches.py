@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,28 +54,32 @@ def collate(rows: Rows, indices: Sequence[int], pad_id: int, classifier: bool) -
 
 
 def sums(model: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed loss, predictions, labels) over the loss terms of a batch; the last two are flat, [units].
-
-    The head of a causal model runs from the first response position on only, where the model allows it.
-    """
+    """(summed loss, predictions, labels) over the loss terms of a batch; the last two are flat, [units]."""
     tokens, mask, labels = (t.to(device) for t in (batch.tokens, batch.mask, batch.labels))
     if labels.ndim == 1:
         logits = model(input_ids=tokens, attention_mask=mask).logits
     else:
-        first = max(0, int((batch.labels != IGNORED).any(0).int().argmax()) - 1)
-        keep = tokens.shape[1] - first
-        extra = {"logits_to_keep": keep} if _keeps_logits(model) else {}
-        logits = model(input_ids=tokens, attention_mask=mask, **extra).logits[:, -keep:-1]
-        labels = labels[:, first + 1 :]
-        wanted = labels != IGNORED
-        logits, labels = logits[wanted], labels[wanted]  # [units, vocabulary], [units]
+        wanted = labels[:, 1:] != IGNORED
+        logits = _logits_before(model, tokens, mask, wanted)
+        labels = labels[:, 1:][wanted]
     loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
     return loss, logits.detach().argmax(-1), labels
 
 
-def _keeps_logits(model: Any) -> bool:
+def _logits_before(model: Any, tokens: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Logits [units, vocabulary] of a causal model at the positions before the `wanted` ones, [rows, length - 1].
+
+    The head runs at these positions only: a large vocabulary makes it the dearest layer, in memory above all.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return model(input_ids=tokens, attention_mask=mask).logits[:, :-1][wanted]
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][wanted][None],))
+    try:
+        return model(input_ids=tokens, attention_mask=mask).logits[0]
+    finally:
+        hook.remove()
 
 
 def endless(count: int, rng: np.random.Generator) -> Iterator[int]:

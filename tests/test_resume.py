@@ -19,78 +19,10 @@ from runs import ROOT, assert_same, belonging, command, env, fedpipe, here, tens
 from fedpipe_ray.message import Message
 
 ROUNDS = 6
-METHODS = '''
-"""Methods that a user might bring."""
-
-import os
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-import torch
-
-from fedpipe_ray.message import Message
-from fedpipe_ray.methods.lora import Lora
-
-
-@dataclass(frozen=True, kw_only=True)
-class Held(Lora):
-    """LoRA. While HOLD names a folder, edge c writes `held` there after three rounds, and waits for `go`."""
-
-    def local_update(self, order, site, rng):
-        hold = os.environ.get("HOLD")
-        if hold and site.name == "c" and site.round >= 3:
-            Path(hold, "held").touch()
-            while not Path(hold, "go").exists():
-                time.sleep(0.01)
-        return super().local_update(order, site, rng)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counting(Held):
-    """LoRA whose edges add what they drew in all rounds so far to their update."""
-
-    def local_update(self, order, site, rng):
-        update = super().local_update(order, site, rng)
-        before = site.private.tensors["drawn"] if site.private else torch.zeros(3)
-        site.private = Message({"drawn": before + torch.from_numpy(rng.random(3)).float()})
-        mean = site.private.tensors["drawn"].mean()
-        return Message({name: tensor + 1e-3 * mean for name, tensor in update.tensors.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spoilt(Lora):
-    """LoRA that gets worse and worse after its second round."""
-
-    def aggregate(self, state, reports, server, round, rng):
-        after = super().aggregate(state, reports, server, round, rng)
-        return after if round < 2 else Message({n: -9 * t if "lora_B" in n else t for n, t in after.tensors.items()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slow(Lora):
-    """LoRA whose second round takes hours while HOLD names a folder, in which `held` is written when it begins."""
-
-    def local_update(self, order, site, rng):
-        if "HOLD" in os.environ and site.round == 1:
-            Path(os.environ["HOLD"], "held").touch()
-            site.train(site.base.attached[self.spec(site)], rng, steps=10**7)
-        return super().local_update(order, site, rng)
-'''
 
 
 @pytest.fixture(scope="module")
-def methods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with the module `own_methods`, on this process's path."""
-    folder = tmp_path_factory.mktemp("modules")
-    (folder / "own_methods.py").write_text(METHODS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(folder)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path, methods: Path) -> Path:
+def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path) -> Path:
     """A run file whose data are its own, so that a test may change them."""
     folder = tmp_path_factory.mktemp("resume")
     shutil.copytree(data_dir, folder / "data")
@@ -110,10 +42,10 @@ def whole(tiny: Path) -> Path:
 class Started:
     """The command line in a process of its own, whose method waits for `release` in the middle of a round."""
 
-    def __init__(self, folder: Path, methods: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.hold, self.log = folder / "hold", folder / "log"
         self.hold.mkdir()
-        self.path = f"{methods}:{ROOT}"
+        self.path = f"{Path(__file__).parent}:{ROOT}"  # own_methods is found there
 
     def run(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
         """Starts it, and returns when it waits."""
@@ -144,9 +76,9 @@ class Started:
 
 
 @pytest.fixture
-def started(tmp_path: Path, methods: Path) -> Iterator[Started]:
+def started(tmp_path: Path) -> Iterator[Started]:
     """A process that does not outlive the test."""
-    one = Started(tmp_path, methods)
+    one = Started(tmp_path)
     yield one
     if hasattr(one, "process"):
         one.kill()

@@ -1,0 +1,56 @@
+"""Methods that a user might bring: found by name on the path, like `--method.name own_methods:Held`."""
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fedpipe_ray.message import Message
+from fedpipe_ray.methods.lora import Lora
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held(Lora):
+    """LoRA. While HOLD names a folder, edge c writes `held` there after three rounds, and waits for `go`."""
+
+    def local_update(self, order, site, rng):
+        hold = os.environ.get("HOLD")
+        if hold and site.name == "c" and site.round >= 3:
+            Path(hold, "held").touch()
+            while not Path(hold, "go").exists():
+                time.sleep(0.01)
+        return super().local_update(order, site, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(Held):
+    """LoRA whose edges add what they drew in all rounds so far to their update."""
+
+    def local_update(self, order, site, rng):
+        update = super().local_update(order, site, rng)
+        before = site.private.tensors["drawn"] if site.private else torch.zeros(3)
+        site.private = Message({"drawn": before + torch.from_numpy(rng.random(3)).float()})
+        mean = site.private.tensors["drawn"].mean()
+        return Message({name: tensor + 1e-3 * mean for name, tensor in update.tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spoilt(Lora):
+    """LoRA that gets worse and worse after its second round."""
+
+    def aggregate(self, state, reports, server, round, rng):
+        after = super().aggregate(state, reports, server, round, rng)
+        return after if round < 2 else Message({n: -9 * t if "lora_B" in n else t for n, t in after.tensors.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Lora):
+    """LoRA whose second round takes hours while HOLD names a folder, in which `held` is written when it begins."""
+
+    def local_update(self, order, site, rng):
+        if "HOLD" in os.environ and site.round == 1:
+            Path(os.environ["HOLD"], "held").touch()
+            site.train(site.base.attached[self.spec(site)], rng, steps=10**7)
+        return super().local_update(order, site, rng)
