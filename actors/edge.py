@@ -30,9 +30,9 @@ class EdgeActor:
             whole = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole))
 
-    def _load(self, classes: Sequence[str]) -> Base:
+    def _load(self, classes: Sequence[str], bits: int) -> Base:
         run = self.site.run
-        return Base.load(run.model, run.data.task, classes, run.seed, self.parcel)
+        return Base.load(run.model, run.data.task, classes, run.seed, self.parcel, bits)
 
     def inspect(self) -> Facts | Refused:
         """Whether this edge's source can be read, and its labels."""

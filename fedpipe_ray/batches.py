@@ -74,10 +74,10 @@ def _logits_before(model: Any, tokens: torch.Tensor, mask: torch.Tensor, wanted:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = getattr(base, "get_output_embeddings", lambda: None)()
     if head is None:
-        return model(input_ids=tokens, attention_mask=mask).logits[:, :-1][wanted]
+        return torch.as_tensor(model(input_ids=tokens, attention_mask=mask).logits[:, :-1][wanted])
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][wanted][None],))
     try:
-        return model(input_ids=tokens, attention_mask=mask).logits[0]
+        return torch.as_tensor(model(input_ids=tokens, attention_mask=mask).logits[0])
     finally:
         hook.remove()
 

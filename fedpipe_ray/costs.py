@@ -6,6 +6,7 @@ The virtual clock is ours: it says how long a round would take on the declared p
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -21,7 +22,11 @@ from .settings import Profile
 
 @dataclass(frozen=True)
 class Cost:
-    """What one edge spent in one round. flops, seconds and bytes as measured or counted; virtual_seconds by profile."""
+    """What one edge spent in one round. flops, seconds and bytes as measured or counted; virtual_seconds by profile.
+
+    peak_memory_bytes: of its process; training_memory_bytes: of base model, adapters, optimizer and activations alone,
+    what a capacity counts; 0 where it cannot be measured.
+    """
 
     samples: int = 0
     steps: int = 0
@@ -30,6 +35,7 @@ class Cost:
     seconds: float = 0.0
     step_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    training_memory_bytes: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
     virtual_seconds: float = 0.0
@@ -41,58 +47,82 @@ def virtual_seconds(profile: Profile, flops: float, bytes_down: int, bytes_up: i
     return transfer + 2 * profile.latency_seconds + flops / profile.compute_flops
 
 
-def matmul_parameters(model: nn.Module) -> tuple[int, int]:
-    """(frozen, trained) parameters that take part in matrix products; embedding look-ups are not among them."""
-    frozen = trained = 0
+def matmul_parameters(model: nn.Module) -> tuple[int, int, int]:
+    """(passed, frozen, trained) parameters that take part in matrix products; embedding look-ups are not among them.
+
+    passed: frozen ones before the first trained one, in the order of registration: no gradient flows back to them.
+    """
+    passed = frozen = trained = 0
     for name, module in model.named_modules():
         weight = dict(module.named_parameters(recurse=False)).get("weight")  # an adapter's `weight` is its base layer's
         replaced = "original_module" in name.split(".")  # PEFT's trained copy runs in its place
         if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and not replaced:
             if weight.requires_grad:
                 trained += weight.numel()
+            elif trained == 0:
+                passed += parameters_of(module)
             else:
-                frozen += weight.numel()
-    return frozen, trained
+                frozen += parameters_of(module)
+    return passed, frozen, trained
+
+
+def parameters_of(linear: nn.Module) -> int:
+    """Parameters of a linear layer's weight, whatever it is packed in: 4-bit weights lie two in a byte."""
+    weight, width, height = (getattr(linear, name, None) for name in ("weight", "in_features", "out_features"))
+    return width * height if width and height else int(weight.numel()) if weight is not None else 0
 
 
 def training_flops(model: nn.Module, tokens: int) -> float:
-    """FLOPs of forward and backward over `tokens` (padding included): 4 a frozen weight, 6 a trained one.
+    """FLOPs of forward and backward over `tokens` (padding included), by weight: 2 passed, 4 frozen, 6 trained.
 
     Attention scores are left out; at the lengths of instruction tuning they are a few percent.
     """
-    frozen, trained = matmul_parameters(model)
-    return float(tokens) * (4 * frozen + 6 * trained)
+    passed, frozen, trained = matmul_parameters(model)
+    return float(tokens) * (2 * passed + 4 * frozen + 6 * trained)
 
 
 class PeakMemory:
-    """Measures the peak of this process inside a `with` block: .bytes on the GPU if it is used, else resident memory.
+    """Measures memory inside a `with` block.
 
-    On Linux the kernel's high-water mark is reset at entry; elsewhere it is the process's lifetime peak.
+    bytes: the peak of this process, on the GPU if it is used, else resident. grown: how much of it came in the block.
+    On Linux the kernel's high-water mark is reset at entry; elsewhere it is the process's lifetime peak, and grown 0.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bytes = 0
+        self.bytes = self.grown = 0
+        self._before: int | None = None
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
         elif sys.platform == "linux":
+            give_back_freed_memory()
             with contextlib.suppress(OSError):  # some containers refuse it: the lifetime peak is then reported
                 Path("/proc/self/clear_refs").write_text("5")
+                self._before = status_bytes("VmRSS")
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
         elif sys.platform == "linux":
-            self.bytes = _high_water_mark()
+            self.bytes = status_bytes("VmHWM")
         else:
             self.bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.grown = max(0, self.bytes - self._before) if self._before is not None else 0
 
 
-def _high_water_mark() -> int:
+def give_back_freed_memory() -> None:
+    """Has the allocator return freed pages to the system, so that what is resident is in use."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def status_bytes(key: str) -> int:
+    """A memory figure of this process as Linux has it: VmRSS (resident now) or VmHWM (its peak)."""
     for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     return 0

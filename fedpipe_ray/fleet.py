@@ -92,19 +92,19 @@ def classes_of(run: Run, facts: Sequence[Facts]) -> list[str]:
 
 
 class SerialFleet:
-    """All edges in this process, one after another, on one frozen base. The same bits as any other fleet."""
+    """All edges in this process, one after another, on one frozen base a bit-width. As any other fleet, bit for bit."""
 
     def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
         self.run_settings = run
-        self._base: Base | None = None
+        self._bases: dict[int, Base] = {}
         self.classes: list[str] = []
         self.sites = {name: Site(name, run, method, self._load, private_dir) for name in run.fleet.edges}
 
-    def _load(self, classes: Sequence[str]) -> Base:
-        if self._base is None:
+    def _load(self, classes: Sequence[str], bits: int) -> Base:
+        if bits not in self._bases:
             run = self.run_settings
-            self._base = Base.load(run.model, run.data.task, classes, run.seed)
-        return self._base
+            self._bases[bits] = Base.load(run.model, run.data.task, classes, run.seed, bits=bits)
+        return self._bases[bits]
 
     @property
     def edges(self) -> Mapping[str, Profile]:

@@ -20,21 +20,31 @@ from peft.utils import ModulesToSaveWrapper
 
 from .errors import UserError
 from .message import write_atomically
-from .model import Base
+from .model import Base, head_names
 
 TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
-LINEAR = ("Linear", "Conv1D")
+LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+FROZEN = "frozen"  # PEFT's name of the adapter that acts and is not trained
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """Which adapter: rank and alpha (scale alpha / rank) of every target; targets: module names or `all-linear`."""
+    """Which adapter: rank and alpha (scale alpha / rank) of every target; targets: module names or `all-linear`.
+
+    ranks: (whole module name, rank) of each target where they differ; the scale stays alpha / rank for all.
+    """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     dropout: float = 0.0
     task: str = "causal"
+    ranks: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def uneven(cls, like: LoraSpec, ranks: Mapping[str, int]) -> LoraSpec:
+        """`like`, with these modules as targets and these ranks, at the same scale."""
+        return dataclasses.replace(like, targets=tuple(ranks), ranks=tuple(ranks.items()))
 
     def peft_config(self, heads: Sequence[str] = ()) -> Any:
         """The equal `peft.LoraConfig`; `heads` are modules that are trained whole, without adapter."""
@@ -43,9 +53,14 @@ class LoraSpec:
         if heads and targets == "all-linear":
             whole["exclude_modules"] = rf"({'|'.join(map(re.escape, heads))})(\..+)?"
         alpha: Any = self.alpha  # PEFT says int and takes a float
+        patterns: dict[str, Any] = {}
+        if self.ranks:
+            names = [(rf"^{re.escape(name)}$", rank) for name, rank in self.ranks]
+            scale = self.alpha / self.rank
+            patterns = {"rank_pattern": dict(names), "alpha_pattern": {name: scale * rank for name, rank in names}}
         return peft.LoraConfig(
             r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets,
-            task_type=TASKS[self.task], **whole,
+            task_type=TASKS[self.task], **patterns, **whole,
         )  # fmt: skip
 
 
@@ -54,11 +69,6 @@ def linear_names(model: Any) -> list[str]:
     return sorted(
         {name.rpartition(".")[2] for name, module in model.named_modules() if type(module).__name__ in LINEAR}
     )
-
-
-def head_names(model: Any) -> list[str]:
-    """A classifier's own layers, all beside its encoder: pretrained checkpoints have none of them."""
-    return [n for n, part in model.named_children() if n != model.base_model_prefix and list(part.parameters())]
 
 
 def inject(model: Any, spec: LoraSpec) -> Any:
@@ -75,12 +85,21 @@ def inject(model: Any, spec: LoraSpec) -> Any:
         raise UserError(f"method.targets: {error}") from None
 
 
-def attach(base: Base, spec: LoraSpec) -> Any:
-    """The PeftModel of `spec` on `base`, made once and kept; one spec at a time is attached."""
-    if spec not in base.attached:
+def attach(base: Base, spec: LoraSpec, frozen: LoraSpec | None = None) -> Any:
+    """The PeftModel of `spec` on `base`, made once and kept; one at a time is attached.
+
+    frozen: a second adapter that acts beside the first and is not trained; `load` fills it.
+    """
+    if (spec, frozen) not in base.attached:
         detach(base)
-        base.attached[spec] = inject(base.model, spec)
-    return base.attached[spec]
+        model = inject(base.model, spec)
+        if frozen is not None:
+            model.add_adapter(FROZEN, frozen.peft_config())
+            model.base_model.set_adapter(["default", FROZEN])
+            for parameter in _of(model, FROZEN).values():
+                parameter.requires_grad_(False)
+        base.attached[spec, frozen] = model
+    return base.attached[spec, frozen]
 
 
 def detach(base: Base) -> None:
@@ -103,9 +122,20 @@ def _key(name: str) -> str:
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 
-def load(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copies `tensors` into the adapter. Raises ValueError unless names and shapes match exactly."""
-    own = parameters(model)
+def _of(model: Any, adapter: str) -> dict[str, torch.nn.Parameter]:
+    """Parameters of another adapter than the trained one, by their PEFT key."""
+    part = f".{adapter}."
+    return {name.replace(part, "."): p for name, p in model.named_parameters() if part in name}
+
+
+def module_of(key: str) -> str:
+    """The module that a PEFT key such as `base_model.model.X.lora_A.weight` belongs to: X."""
+    return key.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def load(model: Any, tensors: Mapping[str, torch.Tensor], frozen: bool = False) -> None:
+    """Copies `tensors` into the adapter, or into the frozen one. Raises ValueError unless names and shapes match."""
+    own = _of(model, FROZEN) if frozen else parameters(model)
     if own.keys() != tensors.keys():
         odd = sorted(own.keys() ^ tensors.keys())
         raise ValueError(f"adapter and model differ in {len(odd)} tensors, the first {odd[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import logging
@@ -18,7 +19,14 @@ import torch
 import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
 from .errors import UserError
 from .message import DTYPES, Message
@@ -49,22 +57,31 @@ class Base:
     `model` is never written to; methods attach adapters through lora.attach, which remembers them in `attached`.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device, bits: int = 16) -> None:
         self.tokenizer = tokenizer
         self.device = device
+        self.bits = bits
         self.pad_id = set_pad_token(model, tokenizer)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = (model.to(device) if bits == 16 else model).eval().requires_grad_(False)
         self.attached: dict[Any, Any] = {}
 
     @classmethod
-    def load(cls, settings: Model, task: str, classes: Sequence[str], seed: int, parcel: Parcel | None = None) -> Base:
-        """The model that `settings` names, or the one in `parcel`. Raises UserError if it cannot be had."""
+    def load(
+        cls, settings: Model, task: str, classes: Sequence[str], seed: int, parcel: Parcel | None = None, bits: int = 16
+    ) -> Base:
+        """The model that `settings` names, or the one in `parcel`; its linear weights in `bits` (16: as model.dtype).
+
+        Raises UserError if it cannot be had.
+        """
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
         if parcel is not None:
             with tempfile.TemporaryDirectory(prefix="fedpipe-model-") as folder:
                 for name, content in parcel.files.items():
                     Path(folder, name).write_bytes(content)
+                if bits != 16:
+                    save_file(dict(parcel.weights.tensors), Path(folder, "model.safetensors"), {"format": "pt"})
+                    return cls.load(dataclasses.replace(settings, name=folder), task, classes, seed, None, bits)
                 tokenizer = load_tokenizer(Model(name=folder))
                 model = empty_model(Model(name=folder), task, classes, buffers=True)
             model.load_state_dict(dict(parcel.weights.tensors), strict=False, assign=True)
@@ -75,13 +92,14 @@ class Base:
             return cls(model.to(dtype) if dtype is not None else model, tokenizer, device)
         torch.manual_seed(seed)  # weights the checkpoint lacks (a classifier's head) start equal everywhere
         extra = {} if dtype is None else {"dtype": dtype}
-        arguments = {**labels(task, classes), **extra, "output_loading_info": True}
+        arguments = {**labels(task, classes), **extra, **quantized(settings, task, classes, bits, device, dtype)}
+        arguments["output_loading_info"] = True
         model, found = _loading(settings, lambda: KINDS[task].from_pretrained(**_where(settings), **arguments))
         head = "" if task == "causal" else f"{model.base_model_prefix}."  # a classifier's own head is trained
         lacking = sorted(name for name in found["missing_keys"] if name.startswith(head))
         if lacking:
             _warn_of_random_weights(settings.name, ", ".join(lacking[:4]))
-        return cls(model, load_tokenizer(settings), device)
+        return cls(model, load_tokenizer(settings), device, bits)
 
     def parcel(self) -> Parcel:
         """This model as a Parcel; tied weights travel once."""
@@ -96,6 +114,55 @@ class Base:
                 tensors[name] = tensor
                 seen.add(tensor.data_ptr())
         return Parcel(files, Message(tensors))
+
+
+def quantized(
+    settings: Model, task: str, classes: Sequence[str], bits: int, device: torch.device, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Keyword arguments of `from_pretrained` for 4 bits (NF4, double quantization) or 8 (LLM.int8); none for 16.
+
+    Embeddings, norms and heads stay as they are. Raises UserError on a device that bitsandbytes does not have.
+    """
+    if bits == 16:
+        return {}
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"bits: {bits} need a CPU or CUDA device, this edge computes on {device.type}; give it bits 16")
+    heads = {}
+    if task == "classification":
+        heads = {"llm_int8_skip_modules": head_names(empty_model(settings, task, classes))}
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16, **heads,
+    )  # fmt: skip
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def head_names(model: Any) -> list[str]:
+    """A classifier's own layers, all beside its encoder: pretrained checkpoints have none of them."""
+    return [n for n, part in model.named_children() if n != model.base_model_prefix and list(part.parameters())]
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes of parameters and buffers as they lie in memory, quantization constants included; shared storage once."""
+    sizes: dict[int, int] = {}
+
+    def count(tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            count(tensor)
+            constants = getattr(tensor, "quant_state", None)
+            for nested in (constants, getattr(constants, "state2", None)):
+                for name in ("absmax", "code", "offset"):
+                    count(getattr(nested, name, None))
+            count(getattr(tensor, "SCB", None))
+        state = getattr(module, "state", None)  # LLM.int8 moves its weight there on first use
+        count(getattr(state, "CB", None))
+        count(getattr(state, "SCB", None))
+    return sum(sizes.values())
 
 
 @functools.cache  # once a process

@@ -221,7 +221,8 @@ def round_record(done: Round) -> dict[str, Any]:
             "train_loss": None if isinstance(outcome, Lost) else outcome.train_loss,
             "samples": cost.samples, "steps": cost.steps, "tokens": cost.tokens, "flops": cost.flops,
             "seconds": cost.seconds, "step_seconds": cost.step_seconds, "virtual_seconds": cost.virtual_seconds,
-            "peak_memory_bytes": cost.peak_memory_bytes, "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down,
+            "peak_memory_bytes": cost.peak_memory_bytes, "training_memory_bytes": cost.training_memory_bytes,
+            "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down,
         }  # fmt: skip
     slowest = max(done.reports, key=lambda report: report.cost.virtual_seconds, default=None)
     return {

@@ -36,12 +36,9 @@ MakeFleet = Callable[[Run, Method, Path], Fleet]
 
 def server_site(run: Run, method: Method, classes: list[str]) -> Site:
     """The server as a Site; model and data load when a method asks for them."""
-    base: list[Base] = []
 
-    def load(names: Any) -> Base:
-        if not base:
-            base.append(Base.load(run.model, run.data.task, list(names), run.seed))
-        return base[0]
+    def load(names: Any, bits: int) -> Base:
+        return Base.load(run.model, run.data.task, list(names), run.seed, bits=bits)
 
     return Site(SERVER, run, method, load, classes=classes)
 

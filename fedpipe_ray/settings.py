@@ -132,15 +132,18 @@ class Profile(Section):
     """One edge server: what Ray reserves for it, and what the virtual clock believes of it.
 
     gpus: fraction of one GPU, or a number of GPUs; gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host
-    memory Ray reserves. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
-    latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ here, or
-    just a source. private_dir: where its private state rests, in a folder named as the run folder (default: in that).
+    memory Ray reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together;
+    a round that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a
+    second; latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ
+    here, or just a source. private_dir: where its private state rests, in a folder named as the run folder (default:
+    in that).
     """
 
     gpus: float = 0.0
     gpu_memory_bytes: Bytes | None = None
     cpus: float = 1.0
     memory_bytes: Bytes | None = None
+    training_memory_bytes: Bytes | None = None
     resources: dict[str, float] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
     compute_flops: FlopPerSecond = 50e9
@@ -157,7 +160,8 @@ class Profile(Section):
             self.gpus <= 1 or self.gpus == int(self.gpus),
             f"gpus: {self.gpus} must be a fraction below 1 or a whole number",
         )
-        for name in ("compute_flops", "uplink_bps", "downlink_bps", "memory_bytes", "gpu_memory_bytes"):
+        memories = ("memory_bytes", "gpu_memory_bytes", "training_memory_bytes")
+        for name in ("compute_flops", "uplink_bps", "downlink_bps", *memories):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}: {value} must be above 0")
         for name, amount in self.resources.items():

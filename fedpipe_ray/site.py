@@ -22,7 +22,7 @@ from .errors import DivergedError, UserError
 from .evaluate import Metrics, evaluate, generate
 from .message import Message
 from .methods.base import Method, Weights
-from .model import Base, empty_model, load_tokenizer
+from .model import Base, empty_model, load_tokenizer, stored_bytes
 from .randomness import rng_for
 from .report import Lost, Report
 from .settings import Data, Profile, Run
@@ -55,12 +55,12 @@ class Ready:
 
 @dataclass
 class Site:
-    """Built from a run alone, so that it can be made again anywhere. load_base(classes) is called at first use."""
+    """Built from a run alone, so that it can be made again anywhere. load_base(classes, bits): called at first use."""
 
     name: str
     run: Run
     method: Method
-    load_base: Callable[[Sequence[str]], Base]
+    load_base: Callable[[Sequence[str], int], Base]
     private_dir: Path | None = None
     classes: list[str] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
@@ -68,6 +68,7 @@ class Site:
     cost: Cost = field(default_factory=Cost)
     train_loss: float = float("nan")
     round: int = 0
+    bits: int = 16
     _rests: dict[int, Message | None] = field(default_factory=dict)  # private state before round r
 
     @property
@@ -96,8 +97,15 @@ class Site:
 
     @cached_property
     def base(self) -> Base:
-        """The frozen base model, loaded at first use."""
-        return self.load_base(self.classes)
+        """The frozen base model in this site's `bits`, loaded at first use."""
+        return self.load_base(self.classes, self.bits)
+
+    def hold(self, bits: int) -> Base:
+        """The frozen base model with its linear weights in 4, 8 or 16 bits; the one held before is let go first."""
+        if bits != self.bits:
+            self.__dict__.pop("base", None)
+            self.bits = bits
+        return self.base
 
     @cached_property
     def data(self) -> EdgeData:
@@ -224,6 +232,25 @@ class Site:
             raise UserError(f"edge {self.name}: its private state cannot be restored: {error}") from None
 
 
+def training_memory(site: Site, peak: PeakMemory) -> int:
+    """Bytes of model, adapters, optimizer and activations at their peak; 0 if this machine cannot tell.
+
+    On the CPU: the base as it is stored and what the process grew by. So the interpreter, its libraries and what other
+    edges hold in the same process are not counted.
+    """
+    if site.method.base == "none" or not peak.grown:
+        return 0
+    return peak.bytes if peak.device.type == "cuda" else stored_bytes(site.base.model) + peak.grown
+
+
+def within_capacity(site: Site, peak: PeakMemory) -> int:
+    """The training memory of a round. Raises MemoryError if it is above the profile's capacity."""
+    used, capacity = training_memory(site, peak), site.profile.training_memory_bytes
+    if capacity is not None and used > capacity:
+        raise MemoryError(f"training took {used / 2**20:.0f} MiB of {capacity / 2**20:.0f} (training_memory_bytes)")
+    return used
+
+
 def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Message | None]:
     """One edge's part of one round: (report, update). Never raises for what happens on the edge: that is a Lost.
 
@@ -236,13 +263,14 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     site.private = site.private_before(round)
     site.progress.status, site.progress.step = "training", 0
     started = time.perf_counter()
-    device = site.base.device if site.method.base != "none" else torch.device("cpu")
+    peak = PeakMemory(site.base.device if site.method.base != "none" else torch.device("cpu"))
     try:
-        with PeakMemory(device) as peak:
+        with peak:
             update = site.method.local_update(order, site, rng).to(site.run.wire.dtype)
-        up = update.total_bytes
+        up, held = update.total_bytes, within_capacity(site, peak)
         spent = dataclasses.replace(
             site.cost, seconds=time.perf_counter() - started, peak_memory_bytes=peak.bytes, bytes_up=up,
+            training_memory_bytes=held,
             virtual_seconds=virtual_seconds(site.profile, site.cost.flops, site.cost.bytes_down, up),
         )  # fmt: skip
         site.progress.status, site.progress.memory_bytes = "done", peak.bytes
@@ -252,6 +280,7 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
         reason, trace = f"diverged: {error}", None
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason, trace = f"out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}", None
+        site.cost = dataclasses.replace(site.cost, training_memory_bytes=training_memory(site, peak))
     except Exception as error:  # whatever a method does wrong stays on its edge
         reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     site.progress.status = "lost"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fedpipe_ray import lora
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods.lora import Lora
 
@@ -52,5 +53,5 @@ class Slow(Lora):
     def local_update(self, order, site, rng):
         if "HOLD" in os.environ and site.round == 1:
             Path(os.environ["HOLD"], "held").touch()
-            site.train(site.base.attached[self.spec(site)], rng, steps=10**7)
+            site.train(lora.attach(site.base, self.spec(site)), rng, steps=10**7)
         return super().local_update(order, site, rng)

@@ -46,30 +46,39 @@ WEIGHTS = 2 * LAYER + 27 * 32
 def test_operations_of_a_frozen_and_of_a_trained_llama(tied: bool) -> None:
     """Looking up an embedding is no product, but the head is one, tied to it or not. Norms are vectors."""
     model = llama(tie_word_embeddings=tied)
-    assert matmul_parameters(model) == (0, WEIGHTS)
+    assert matmul_parameters(model) == (0, 0, WEIGHTS)
     assert training_flops(model, 10) == 10 * 6 * WEIGHTS
     model.requires_grad_(False)
-    assert matmul_parameters(model) == (WEIGHTS, 0)
-    assert training_flops(model, 10) == 10 * 4 * WEIGHTS
+    assert matmul_parameters(model) == (WEIGHTS, 0, 0)
+    assert training_flops(model, 10) == 10 * 2 * WEIGHTS
 
 
 def test_operations_of_an_adapter() -> None:
-    """Rank 3 on q (32 -> 32) and down (64 -> 32) of both layers: 2 (3 x 64 + 3 x 96) = 960 trained weights."""
+    """Rank 3 on q (32 -> 32) and down (64 -> 32) of both layers: 2 (3 x 64 + 3 x 96) = 960 trained weights.
+
+    No gradient goes to the first weight, 32 x 32: nothing before its adapter is trained.
+    """
     model = lora.inject(llama(), lora.LoraSpec(3, 6, ("q_proj", "down_proj")))
-    assert matmul_parameters(model) == (WEIGHTS, 960)
-    assert training_flops(model, 7) == 7 * (4 * WEIGHTS + 6 * 960)
+    assert matmul_parameters(model) == (1024, WEIGHTS - 1024, 960)
+    assert training_flops(model, 7) == 7 * (2 * 1024 + 4 * (WEIGHTS - 1024) + 6 * 960)
+
+
+def test_no_gradient_goes_below_the_lowest_adapter() -> None:
+    """The last layer's down (64 -> 32) alone: what comes after it is the head."""
+    model = lora.inject(llama(), lora.LoraSpec(3, 6, ("model.layers.1.mlp.down_proj",)))
+    assert matmul_parameters(model) == (2 * LAYER, 27 * 32, 3 * 96)
 
 
 def test_operations_of_a_classifier() -> None:
     """A head of 3 x 32, trained whole; PEFT keeps the frozen one beside it, which does not run."""
     model = lora.inject(classifier(3), lora.LoraSpec(3, 6, ("q_proj",), task="classification"))
-    assert matmul_parameters(model) == (2 * LAYER, 2 * 3 * 64 + 96)
+    assert matmul_parameters(model) == (1024, 2 * LAYER - 1024, 2 * 3 * 64 + 96)
 
 
 def test_operations_need_no_weights() -> None:
     with torch.device("meta"):
         model = llama()
-    assert matmul_parameters(model) == (0, WEIGHTS)
+    assert matmul_parameters(model) == (0, 0, WEIGHTS)
 
 
 def test_peak_memory_sees_what_was_there_for_a_moment_and_forgets_it() -> None:

@@ -239,7 +239,7 @@ def test_the_base_stays_the_base(task: str) -> None:
     with first.disable_adapter():
         assert torch.equal(first(TOKENS).logits, logits)
     second = lora.attach(base, other)
-    assert list(base.attached) == [other]
+    assert list(base.attached) == [(other, None)]
     assert torch.equal(second(TOKENS).logits, logits)
     lora.load(second, adapter(second))
     lora.detach(base)

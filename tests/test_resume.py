@@ -97,7 +97,14 @@ def repeatable(folder: Path) -> list[dict[str, Any]]:
     found = records(folder)
     for record in found:
         for part in (record, *record["edges"].values()):
-            for key in ("wall_seconds", "evaluate_seconds", "seconds", "step_seconds", "peak_memory_bytes"):
+            for key in (
+                "wall_seconds",
+                "evaluate_seconds",
+                "seconds",
+                "step_seconds",
+                "peak_memory_bytes",
+                "training_memory_bytes",
+            ):
                 part.pop(key, None)
     return found
 
