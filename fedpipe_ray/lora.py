@@ -115,10 +115,11 @@ def detach(base: Base) -> None:
 
 def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     """Trainable parameters by their PEFT key."""
-    return {_key(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {key_of(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """The PEFT key of a parameter of the trained adapter."""
     return name.replace(".modules_to_save.default", "").replace(".default", "")
 
 

@@ -26,7 +26,7 @@ from .model import Base, empty_model, load_tokenizer, stored_bytes
 from .randomness import rng_for
 from .report import Lost, Report
 from .settings import Data, Profile, Run
-from .train import train
+from .train import gradients, train
 
 SERVER = "server"
 
@@ -69,6 +69,7 @@ class Site:
     train_loss: float = float("nan")
     round: int = 0
     bits: int = 16
+    memo: dict[str, Any] = field(default_factory=dict)  # what a method worked out from the run alone
     _rests: dict[int, Message | None] = field(default_factory=dict)  # private state before round r
 
     @property
@@ -114,9 +115,13 @@ class Site:
         edges = list(self.run.fleet.edges)
         return open_data(self.settings, self._share, edges, self.run.seed, tokenizer, self.classes)
 
+    def bare(self) -> Any:
+        """The model on the meta device: names and shapes without weights."""
+        return empty_model(self.run.model, self.task, self.classes)
+
     def skeleton(self, spec: lora.LoraSpec) -> Any:
-        """The model with the adapter of `spec` on the meta device: names and shapes without weights."""
-        return lora.inject(empty_model(self.run.model, self.task, self.classes), spec)
+        """The model with the adapter of `spec` on the meta device."""
+        return lora.inject(self.bare(), spec)
 
     def inspect(self) -> Facts:
         """Whether this edge's source can be read at all, and which labels it holds. Raises UserError."""
@@ -155,6 +160,16 @@ class Site:
             tokens=self.cost.tokens + done.tokens, step_seconds=done.step_seconds,
             flops=self.cost.flops + training_flops(model, done.tokens),
         )  # fmt: skip
+
+    def gradients(self, model: Any, rng: np.random.Generator, batches: int) -> dict[str, torch.Tensor]:
+        """Gradients of the mean loss over a few batches of training rows, by PEFT key; nothing is changed."""
+        local, train_rows = self.run.local, self.data.train
+        found, tokens = gradients(
+            model, train_rows, local, batches=batches, rng=rng, device=self.base.device, pad_id=self.base.pad_id,
+            classifier=self.task == "classification",
+        )  # fmt: skip
+        self.cost = dataclasses.replace(self.cost, flops=self.cost.flops + training_flops(model, tokens))
+        return {lora.key_of(name): gradient for name, gradient in found.items()}
 
     def evaluate(self, state: Message | None, split: str, answers: int = 0) -> Metrics:
         """Metrics of a state (None: the base model) on this edge's rows; empty if the split has none.

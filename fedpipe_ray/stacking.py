@@ -84,10 +84,9 @@ def complement(used: torch.Tensor, fill: torch.Tensor, count: int) -> torch.Tens
     draw = torch.randn(count, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = start
     for row in torch.cat([fill, draw.to(fill.device)]):
-        if found == min(len(basis), n):
+        if found == len(basis):
             break
         rest = row - (basis @ row) @ basis
-        rest -= (basis @ rest) @ basis  # once more, against rounding
         if rest.norm() > DEPENDENT * row.norm():
             basis[found] = rest / rest.norm()
             found += 1

@@ -103,6 +103,33 @@ def train(
     return Trained(steps * local.batch, steps, tokens, total_loss / max(1, units), typical)
 
 
+def gradients(
+    model: Any, rows: Rows, local: Local, *, batches: int, rng: np.random.Generator, device: torch.device, pad_id: int,
+    classifier: bool = False,
+) -> tuple[dict[str, torch.Tensor], int]:  # fmt: skip
+    """(gradients of the mean loss a loss term by parameter name, on the CPU; tokens) over some batches; no step.
+
+    Raises DivergedError on a loss that is not finite.
+    """
+    tokens = terms = 0
+    checkpointing(model, local.checkpointing)
+    model.eval()  # without dropout
+    try:
+        for drawn in batches_of_like_length(rows, local.batch, batches, rng):
+            for part in np.array_split(drawn, local.accumulate):
+                batch = collate(rows, list(part), pad_id, classifier)
+                with autocast(device, local.precision):
+                    summed, _, _ = sums(model, batch, device)
+                if not math.isfinite(float(summed.detach())):
+                    raise DivergedError(f"loss {float(summed.detach()):.3g} while scoring the weights")
+                summed.backward()
+                tokens, terms = tokens + batch.tokens.numel(), terms + batch.units
+        named = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+        return {name: (grad / max(1, terms)).to("cpu", torch.float32) for name, grad in named.items()}, tokens
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
 def checkpointing(model: Any, wanted: bool) -> None:
     """Turns gradient checkpointing on or off; on, the embeddings' output needs a gradient, or nothing would train."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

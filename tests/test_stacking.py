@@ -126,9 +126,9 @@ def test_the_order_of_the_pairs_does_not_matter() -> None:
 
 
 def test_badly_scaled_factors_lose_no_triplet() -> None:
-    """Products of size 1 from factors of size 1e6 and 1e-6, both ways round: noise is judged pair by pair."""
+    """Products of size 1 from factors of size 1e8 and 1e-8, both ways round: noise is judged pair by pair."""
     (b, a), (c, d) = pairs_of([2, 2], 0)
-    found = low_rank(torch.cat([1e6 * b, 1e-6 * c], 1), torch.cat([1e-6 * a, 1e6 * d]), 4)
+    found = low_rank(torch.cat([1e8 * b, 1e-8 * c], 1), torch.cat([1e-8 * a, 1e8 * d]), 4)
     torch.testing.assert_close(found.b @ found.a, b @ a + c @ d, rtol=0, atol=1e-9)
     assert (found.singular > 0.1).all()
 

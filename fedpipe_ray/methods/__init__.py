@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .base import Method
 
 METHODS = {
+    "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
     "lora": "fedpipe_ray.methods.lora:Lora",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -55,11 +56,13 @@ class Method(Protocol):
         """Named views of the state for this site; the first is evaluated as the result and exported."""
 
 
-def arrivals(reports: Iterable[Report | Lost], like: Mapping[str, torch.Tensor]) -> Iterator[tuple[Report, Message]]:
+def arrivals(
+    reports: Iterable[Report | Lost], fault: Callable[[Message], str | None]
+) -> Iterator[tuple[Report, Message]]:
     """The reports that can be used, each with its message, fetched one at a time and let go after use.
 
-    A message that cannot be fetched, differs from `like` in names or shapes, or holds NaN or infinity is rejected: the
-    report says why, the round records the edge as lost.
+    A message that cannot be fetched or has a `fault` is rejected: the report says why, the round records the edge as
+    lost.
     """
     for report in reports:
         if isinstance(report, Lost):
@@ -69,15 +72,15 @@ def arrivals(reports: Iterable[Report | Lost], like: Mapping[str, torch.Tensor])
         except Exception as error:  # whatever the transport raises, this edge's update is gone
             report.rejected = f"its update was lost on the way: {type(error).__name__}: {error}".splitlines()[0]
             continue
-        report.rejected = fault(message, like)
+        report.rejected = fault(message)
         if report.rejected is None:
             yield report, message
         report.release()
         del message
 
 
-def fault(message: Message, like: Mapping[str, torch.Tensor]) -> str | None:
-    """Why `message` cannot be aggregated with tensors such as `like`; None if it can."""
+def unlike(message: Message, like: Mapping[str, torch.Tensor]) -> str | None:
+    """Why `message` cannot be averaged with tensors such as `like`: other names or shapes, NaN, infinity; or None."""
     if message.tensors.keys() != like.keys():
         odd = sorted(message.tensors.keys() ^ like.keys())
         return f"its update differs from the state in {len(odd)} tensors, the first {odd[0]}"
@@ -159,7 +162,7 @@ def weighted_mean(state: Message, reports: Iterable[Report | Lost]) -> Message:
     Holds one accumulator of the size of an update beside the one in hand. Sums run in the order of the orders.
     """
     total, mean = 0.0, {name: torch.zeros(t.shape) for name, t in state.tensors.items()}
-    for report, message in arrivals(reports, state.tensors):
+    for report, message in arrivals(reports, partial(unlike, like=state.tensors)):
         total += report.weight
         for name, tensor in mean.items():
             tensor.add_(message.tensors[name], alpha=report.weight)

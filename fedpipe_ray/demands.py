@@ -1,0 +1,207 @@
+"""What every way to train costs an edge: from a model's shape, its data's facts and a profile to planning.Demand.
+
+Seconds are the virtual clock's: FLOPs as `costs` counts them, bytes over the links. Memory is what a capacity counts:
+the base as it is stored, adapters with gradients and Adam moments, activations. All of it is ours; the paper says only
+that rank, batch and bits follow from an edge's resources.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import lora
+from .batches import collate, sums
+from .costs import parameters_of
+from .facts import Facts
+from .message import DTYPES
+from .model import head_names, stored_bytes
+from .planning import Choice, Demand, Key
+from .settings import Profile
+
+ADAM = 12  # bytes a trained parameter takes beside its own four: gradient and two moments
+BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as the planner sees it.
+
+    keys: candidate weights; below: [layers + 1] parameters in matrix products before each layer, then before the head;
+    products: all of them; base_bytes by bits; activation_bytes a token that trains with every layer; vocabulary: width
+    of the logits; largest_bytes: of the largest linear weight, unpacked.
+    """
+
+    keys: tuple[Key, ...]
+    below: tuple[int, ...]
+    products: int
+    base_bytes: Mapping[int, int]
+    activation_bytes: float
+    vocabulary: int
+    largest_bytes: int
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model."""
+        return len(self.below) - 1
+
+
+def keys_of(model: Any, spec: lora.LoraSpec) -> tuple[Key, ...]:
+    """The candidate weights of a model with the adapter of `spec`, in the model's order."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, parameter in lora.parameters(model).items():
+        if ".lora_" in name:
+            factor = "a" if ".lora_A." in name else "b"
+            shapes.setdefault(lora.module_of(name), {})[factor] = tuple(parameter.shape)
+    return tuple(
+        Key(name, name.rpartition(".")[2], layer_of(name), pair["a"][1], pair["b"][0]) for name, pair in shapes.items()
+    )
+
+
+def layer_of(name: str) -> int:
+    """The number in a module's name, from 0 at the input; 0 where it has none."""
+    found = re.search(r"\.(\d+)\.", f".{name}.")
+    return int(found[1]) if found else 0
+
+
+def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) -> Shape:
+    """The shape of a model. skeleton: it with the adapter of `spec` on the meta device; base: it, loaded in 16 bits."""
+    keys = keys_of(skeleton, spec)
+    before: dict[int, int] = {}
+    total, largest, whole = 0, 0, skeleton.get_base_model()
+    for name, module in linears(whole):
+        number = re.search(r"\.(\d+)\.", f".{name}.")
+        if number:
+            before.setdefault(int(number[1]), total)
+        total += parameters_of(module)
+        largest = max(largest, parameters_of(module))
+    heads = sum(parameters_of(m) for n, m in linears(whole) if not re.search(r"\.\d+\.", f".{n}."))
+    width = base.model.config.vocab_size if not classifier else 0
+    return Shape(
+        keys, (*(before[layer] for layer in sorted(before)), total - heads), total,
+        {bits: base_bytes(base.model, bits, classifier) for bits in (4, 8, 16)},
+        activation_bytes(base, spec, classifier), width, 4 * largest,
+    )  # fmt: skip
+
+
+def linears(model: Any) -> Iterator[tuple[str, Any]]:
+    """The model's linear layers by name, adapters left out."""
+    for name, module in model.named_modules():
+        plain = name.removesuffix(".base_layer")
+        if type(module).__name__ in lora.LINEAR and ".lora_" not in f".{plain}":
+            yield plain, module
+
+
+def base_bytes(model: Any, bits: int, classifier: bool) -> int:
+    """Bytes of a model once its linear weights, heads aside, are stored in `bits`, constants included.
+
+    8: a byte a weight and four a row. 4: half a byte, a byte for 64 weights, four for 64 x 256, and two code books.
+    """
+    whole = stored_bytes(model)
+    if bits == 16:
+        return whole
+    kept = head_names(model) if classifier else ["lm_head", "embed_out"]
+    for name, module in linears(model):
+        if name.partition(".")[0] in kept or name in kept:
+            continue
+        count = parameters_of(module)
+        rows = int(getattr(module, "out_features", 0) or getattr(module, "nf", 0))
+        blocks = math.ceil(count / BLOCK)
+        packed = (
+            count + 4 * rows if bits == 8 else math.ceil(count / 2) + blocks + 4 * math.ceil(blocks / NESTED) + 1092
+        )
+        whole += packed - count * module.weight.element_size()
+    return whole
+
+
+def activation_bytes(base: Any, spec: lora.LoraSpec, classifier: bool, tokens: int = 64) -> float:
+    """Bytes a token that a forward pass keeps for the backward one, logits left out: counted, so that it repeats."""
+    model = lora.attach(base, spec)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # or its address could be given to another
+        return tensor
+
+    limit = getattr(base.model.config, "max_position_embeddings", tokens) or tokens
+    length = min(tokens, limit)
+    batch = collate(_OneRow(length, classifier), [0], base.pad_id, classifier)
+    model.train()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            sums(model, batch, base.device)
+    finally:
+        model.eval()
+    return sum(kept.values()) / length
+
+
+@dataclass(frozen=True)
+class _OneRow:
+    """One row of so many tokens, the last of which has a label."""
+
+    tokens: int
+    classifier: bool
+
+    def __len__(self) -> int:
+        return 1
+
+    def length(self, index: int) -> int:
+        return self.tokens
+
+    def example(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        wanted = np.full(self.tokens, -100)
+        wanted[-1] = 3
+        return np.full(self.tokens, 3), np.array([0]) if self.classifier else wanted
+
+
+def demand_of(
+    edge: str, profile: Profile, shape: Shape, facts: Facts, *, rank: int, wire: str, bits: Sequence[int], batch: int,
+    depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int, correction: float = 1.0,
+) -> Demand:  # fmt: skip
+    """What `edge` may do. rank: of the global adapter, whose whole acts on the edge; batch: the largest.
+
+    correction: measured over predicted memory of a round that ran out of it, at least 1.
+    """
+    width = np.array([key.d_in + key.d_out for key in shape.keys], dtype=float)  # [keys] parameters a unit of rank
+    sent = DTYPES[wire].itemsize
+    choices = []
+    sizes = [2**power for power in range(int(math.log2(batch)) + 1)]
+    for q in sorted(bits, reverse=True):
+        for b in sorted({*sizes, batch}, reverse=True):
+            choices += [_choice(shape, facts, profile, width, rank, q, b, depth, correction) for depth in depths]
+    fixed = 2 * profile.latency_seconds + 8 * sent * rank * float(width.sum()) / profile.downlink_bps
+    return Demand(
+        edge, choices, profile.training_memory_bytes or math.inf, fixed, 8 * sent * width / profile.uplink_bps,
+        facts.rows, steps, min_steps, max_steps, batch,
+    )  # fmt: skip
+
+
+def _choice(
+    shape: Shape, facts: Facts, profile: Profile, width: np.ndarray[Any, Any], rank: int, bits: int, batch: int,
+    depth: int | None, correction: float,
+) -> Choice:  # fmt: skip
+    lowest = 0 if depth is None else max(0, shape.layers - depth)
+    reached = np.array([key.layer >= lowest for key in shape.keys])
+    tokens = batch * facts.tokens
+    frozen = rank * float((width * np.where(reached, 4, 2)).sum())  # the global adapter acts, trained or not
+    flops = tokens * (2 * shape.below[lowest] + 4 * (shape.products - shape.below[lowest]) + frozen)
+    longest = batch * facts.longest
+    part = 1.0 if depth is None else min(1.0, depth / shape.layers)
+    logits = 3 * 4 * batch * min(facts.longest, 2 * facts.units) * shape.vocabulary
+    unpacked = shape.largest_bytes if bits != 16 else 0
+    held = shape.base_bytes[bits] + 4 * rank * float(width.sum()) + longest * shape.activation_bytes * part
+    return Choice(
+        bits, batch, depth, flops / profile.compute_flops, tokens * 2 * width / profile.compute_flops,
+        np.zeros(len(width)), correction * (held + logits + unpacked), correction * ADAM * width, np.zeros(len(width)),
+    )  # fmt: skip

@@ -1,0 +1,355 @@
+"""FedPipe: find the weights that matter, give each edge what it can afford (Fang et al. 2024, arXiv 2404.06448).
+
+The paper's: weights chosen by importance, rank, batch and bits by an edge's resources so that little is left under-
+trained, the frozen model quantized to an edge's memory, adapters of unequal shape aggregated with weight n_i / n, and
+merged at the end. Its equations were not seen; the scores (shaped on AdaLoRA), costs, solvers and the aggregation are
+ours. `preset: paper` is our reading of it: four attention projections, SVD and sensitivity, ranks by importance, equal
+steps. `preset: best`, the default, is what measured better: every linear weight, the gradient at B = 0 by kind, one
+rank an edge, as many steps as fit before the deadline, equal weights.
+
+One round on an edge. The global adapter G = B A, of rank `rank` on every candidate, acts as a whole; the edge trains
+its leading triplets on the weights it was given, the rest stays frozen beside them. It sends what it trained. The
+server adds sum_i p_i (B_i A_i - B_i0 A_i0) to G, exactly by stacking, and cuts back to `rank` by QR and a small SVD.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from fedpipe_ray import importance, lora, planning, stacking
+from fedpipe_ray.demands import Shape, demand_of, shape_of
+from fedpipe_ray.errors import UserError
+from fedpipe_ray.facts import SCORE, Facts, facts_here, facts_of, learn, protected, smoothed
+from fedpipe_ray.message import Message
+from fedpipe_ray.planning import EdgePlan
+from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.settings import Profile, require
+from fedpipe_ray.train import steps_of
+
+from .base import LoraMethod, arrivals, is_finite
+
+if TYPE_CHECKING:
+    from fedpipe_ray.site import Site
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "out_lin",
+             "c_attn", "attention.output.dense", "attn.c_proj", "query_key_value", "out_proj")  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {"score": "gradient", "tie": "kind", "solver": "best", "steps": "filled", "weigh": "equal"},
+    "paper": {"score": "svd", "tie": "none", "solver": "greedy", "steps": "equal", "weigh": "paper"},
+}
+TAIL = "tail."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedPipe(LoraMethod):
+    """FedPipe: weights by importance; rank, batch, bits and steps by what each edge can afford.
+
+    rank, alpha: of the global adapter; the scale alpha / rank is every edge's. targets: the candidates (null: all
+    linear weights; attention alone with `preset: paper`). score, tie, solver, steps, weigh: null = the preset's. scope:
+    each edge by its own scores, or by the fleet's. refresh_every: rounds between scorings. bits: what an edge may use.
+    deadline_seconds: of a round on the virtual clock (null: searched). communication: share of it that the upload may
+    take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest. depth: whether
+    a slow edge may adapt its top layers alone. join: stack, or the baselines truncate, pad and increment.
+    """
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: str | list[str] | None = None  # type: ignore[assignment]  # null leaves it to the preset
+    preset: Literal["best", "paper"] = "best"
+    score: Literal["gradient", "svd", "sensitivity", "sigma", "random"] | None = None
+    tie: Literal["none", "kind"] | None = None
+    scope: Literal["local", "global"] = "local"
+    refresh_every: int = 8
+    solver: Literal["best", "exact", "greedy", "uniform"] | None = None
+    steps: Literal["equal", "capped", "filled"] | None = None
+    weigh: Literal["equal", "paper", "all"] | None = None
+    bits: list[int] | None = None
+    deadline_seconds: float | None = None
+    communication: float = 0.25
+    penalty: float = 1.0
+    step_ratio: float = 8.0
+    depth: bool = False
+    join: Literal["stack", "truncate", "pad", "increment"] = "stack"
+
+    def __post_init__(self) -> None:
+        super().__post_init__() if self.targets is not None else None
+        require(self.rank >= 1 and self.alpha > 0, f"method.rank: {self.rank}, alpha: {self.alpha} must be above 0")
+        odd = sorted(set(self.bits or ()) - {4, 8, 16})
+        require(not odd and self.bits != [], f"method.bits: {self.bits} must be some of 4, 8 and 16")
+        require(self.refresh_every >= 1, f"method.refresh_every: {self.refresh_every} must be at least 1")
+        require(self.step_ratio >= 1, f"method.step_ratio: {self.step_ratio} must be at least 1")
+        require(0 < self.communication <= 1, f"method.communication: {self.communication} must lie in (0, 1]")
+        deadline = self.deadline_seconds
+        require(deadline is None or deadline > 0, f"method.deadline_seconds: {deadline} must be above 0")
+
+    def of(self, name: str) -> Any:
+        """A field, or the preset's choice where it is null."""
+        own = getattr(self, name)
+        return PRESETS[self.preset][name] if own is None else own
+
+    def spec(self, site: Site) -> lora.LoraSpec:
+        """The global adapter: `rank` on every candidate."""
+        chosen = self.targets
+        if chosen is None and self.preset == "paper":
+            names = [name for name, _ in site.bare().named_modules()]
+            chosen = [t for t in ATTENTION if any(f".{n}".endswith(f".{t}") for n in names)] or None
+            if chosen is None:
+                raise UserError("method.preset: paper knows no attention weights of this model; name method.targets")
+        targets = ("all-linear",) if chosen is None else (chosen,) if isinstance(chosen, str) else tuple(chosen)
+        return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
+
+    # -- on the server: configuration
+
+    def shape(self, server: Site) -> Shape:
+        """The model as the planner sees it, worked out once a run."""
+        if "shape" not in server.memo:
+            spec = self.spec(server)
+            server.memo["shape"] = shape_of(server.skeleton(spec), server.base, spec, server.task == "classification")
+        shape: Shape = server.memo["shape"]
+        return shape
+
+    def configure(self, state: Message, edges: Mapping[str, Profile], server: Site) -> dict[str, EdgePlan]:
+        """A plan for every edge. Raises UserError for one that nothing fits."""
+        shape, local = self.shape(server), server.run.local
+        facts = facts_of(edges, state.numbers, server.run.data.max_length)
+        scores = {edge: self.scores(edge, state, shape, facts) for edge in edges}
+        planned = {edge: steps_of(local, fact.rows) for edge, fact in facts.items()}
+        floors = {edge: protected(planned[edge], fact.share, len(edges)) for edge, fact in facts.items()}
+        depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
+
+        def demands(most: float) -> list[planning.Demand]:
+            return [
+                demand_of(
+                    edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype,
+                    bits=self.bits or [16, 8, 4], batch=local.batch, depths=[d for d in depths if d != 0],
+                    steps=planned[edge], min_steps=floors[edge], max_steps=max(floors[edge], int(most)),
+                    correction=state.numbers.get(f"{edge}/memory", 1.0),
+                )
+                for edge, profile in edges.items()
+            ]  # fmt: skip
+
+        def plan(deadline: float, most: float = 1e6) -> dict[str, EdgePlan]:
+            return planning.plan(
+                shape.keys, demands(most), scores, deadline, solver=self.of("solver"), steps=self.of("steps"),
+                lam=self.penalty, communication_share=self.communication,
+            )  # fmt: skip
+
+        try:
+            deadline = self.deadline_seconds or planning.search_deadline(demands(1e6), plan)
+            plans = plan(deadline)
+            fewest = min(found.steps for found in plans.values())
+            return plan(deadline, self.step_ratio * fewest)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def scores(self, edge: str, state: Message, shape: Shape, facts: Mapping[str, Facts]) -> dict[str, float]:
+        """Importance of every key for one edge; all alike before the first scoring."""
+        known = {other: smoothed(other, state.numbers).scores() for other in facts}
+        found = known[edge]
+        if self.scope == "global":
+            known = {other: own for other, own in known.items() if own}
+            found = importance.mean_of_edges(known, {e: facts[e].rows for e in known}) if known else {}
+        kinds = {key.name: key.kind for key in shape.keys}
+        layers = {key.name: key.layer for key in shape.keys}
+        if found.keys() != kinds.keys() or not sum(found.values()) > 0:
+            return dict.fromkeys(kinds, 1.0)
+        found = importance.tied({name: found[name] for name in kinds}, self.of("tie"), kinds, layers)
+        whole = sum(found.values())
+        return {name: value / whole for name, value in found.items()}
+
+    def plan(
+        self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
+    ) -> dict[str, Message]:
+        """Each edge's leading triplets to train, what acts frozen beside them, and its bits, batch and steps."""
+        shape, spec = self.shape(server), self.spec(server)
+        plans = self.configure(state, edges, server)
+        fresh: dict[str, torch.Tensor] = {}
+        if self.join == "increment":
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items() if ".lora_" in name}
+            fresh = lora.initial(shapes, torch.Generator().manual_seed(int(rng.integers(2**63))))
+        score = float(round % self.refresh_every == 0)
+        return {
+            edge: Message(
+                self.parts(state, fresh, found, shape, spec),
+                {"bits": found.bits, "batch": found.batch, "steps": found.steps, "score": score},
+            )
+            for edge, found in plans.items()
+        }
+
+    def parts(
+        self, state: Message, fresh: Mapping[str, torch.Tensor], found: EdgePlan, shape: Shape, spec: lora.LoraSpec
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of an order: heads, factors to train by their key, frozen ones under `tail.`."""
+        tensors = {name: tensor for name, tensor in state.tensors.items() if ".lora_" not in name}
+        for key in shape.keys:
+            rank = found.ranks.get(key.name, 0)
+            name_a, name_b = names_of(key.name)
+            b, a = state.tensors[name_b], state.tensors[name_a]  # [d_out, R], [R, d_in]
+            own, rest = stacking.leading(b, a, rank), stacking.tail(b, a, rank)
+            if self.join == "increment":
+                own, rest = stacking.leading(fresh[name_b], fresh[name_a], rank), (b, a)
+            if rank:
+                tensors[name_b], tensors[name_a] = own
+            if self.join in ("stack", "increment") and rest[0].any():
+                tensors[TAIL + name_b], tensors[TAIL + name_a] = rest
+        return tensors
+
+    # -- on the edge
+
+    def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
+        """The trained factors, facts about the rows, and every candidate's score where the order asks for it."""
+        base, spec = site.hold(int(order.numbers["bits"])), self.spec(site)
+        own = {name: t for name, t in order.tensors.items() if not name.startswith(TAIL)}
+        rest = {name.removeprefix(TAIL): t for name, t in order.tensors.items() if name.startswith(TAIL)}
+        numbers = facts_here(site)
+        frozen = lora.LoraSpec.uneven(spec, ranks_of(rest)) if rest else None
+        if order.numbers["score"]:
+            numbers |= self.probe(order, site, spec, rng)
+        batch = int(order.numbers["batch"])
+        model = lora.attach(base, lora.LoraSpec.uneven(spec, ranks_of(own)), frozen)
+        lora.load(model, own)
+        if frozen is not None:
+            lora.load(model, rest, frozen=True)
+        accumulate = min(batch, site.run.local.accumulate)
+        before = site.cost
+        site.train(model, rng, steps=int(order.numbers["steps"]), epochs=None, batch=batch, accumulate=accumulate)
+        numbers["tokens"] = (site.cost.tokens - before.tokens) / max(1, site.cost.samples - before.samples)
+        return Message(lora.read(model), numbers)
+
+    def probe(self, order: Message, site: Site, spec: lora.LoraSpec, rng: np.random.Generator) -> dict[str, float]:
+        """Scores of all candidates: rank-1 adapters on the global one, trained for three steps unless by `gradient`."""
+        whole: dict[str, torch.Tensor] = {}
+        for name, tensor in order.tensors.items():
+            if ".lora_" in name and not name.startswith(TAIL):
+                rest = order.tensors.get(TAIL + name)
+                parts = [tensor] if rest is None else [tensor, rest]
+                whole[name] = torch.cat(parts, dim=0 if ".lora_A." in name else 1)
+        whole |= {n.removeprefix(TAIL): t for n, t in order.tensors.items() if n.removeprefix(TAIL) not in whole
+                  and n.startswith(TAIL)}  # fmt: skip
+        acting = any(bool(t.any()) for name, t in whole.items() if ".lora_B." in name)
+        one = lora.LoraSpec(1, spec.alpha / spec.rank, spec.targets, spec.dropout, spec.task)
+        frozen = lora.LoraSpec.uneven(spec, ranks_of(whole)) if acting else None
+        model = lora.attach(site.base, one, frozen)
+        shapes = {name: tuple(p.shape) for name, p in lora.parameters(model).items()}
+        start = lora.initial(shapes, torch.Generator().manual_seed(int(rng.integers(2**63))))
+        start |= {name: tensor for name, tensor in order.tensors.items() if ".lora_" not in name}
+        lora.load(model, start)
+        if frozen is not None:
+            lora.load(model, whole, frozen=True)
+        kind = self.of("score")
+        if kind in ("svd", "sensitivity", "sigma"):
+            site.train(model, rng, steps=3, epochs=None)
+        gradients = site.gradients(model, rng, batches=2)
+        tensors = lora.read(model)
+        numbers = {}
+        for name_a in (name for name in tensors if ".lora_A." in name):
+            name_b = name_a.replace(".lora_A.", ".lora_B.")
+            found = importance.score(
+                kind, tensors[name_a], tensors[name_b], gradients[name_a], gradients[name_b], one.alpha, rng
+            )
+            numbers[SCORE + lora.module_of(name_a)] = found
+        return numbers
+
+    # -- on the server: aggregation
+
+    def aggregate(
+        self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
+    ) -> Message:
+        """G plus the weighted changes, cut back to `rank`; what the edges told, and what memory they really took.
+
+        Holds every update of the round: a stacking rule needs them side by side.
+        """
+        numbers = dict(state.numbers)
+        updates: dict[str, Message] = {}
+        samples: dict[str, float] = {}
+
+        def noted() -> Iterator[Report | Lost]:
+            for report in reports:
+                if isinstance(report, Lost) and report.reason.startswith("out of memory"):
+                    numbers[f"{report.edge}/memory"] = 1.25 * numbers.get(f"{report.edge}/memory", 1.0)
+                yield report
+
+        for report, message in arrivals(noted(), partial(misfit, state=state.tensors)):
+            updates[report.edge], samples[report.edge] = message, report.weight
+            learn(report.edge, message.numbers, numbers)
+        if not updates:
+            return Message(state.tensors, numbers)
+        tensors, lost = self.joined(state, updates, samples)
+        return Message(tensors, {**numbers, "residual": lost})
+
+    def joined(
+        self, state: Message, updates: Mapping[str, Message], samples: Mapping[str, float]
+    ) -> tuple[dict[str, torch.Tensor], float]:
+        """(the next global tensors, ||applied - exact|| / ||exact|| over all keys), from the edges' trained factors."""
+        tensors = dict(state.tensors)
+        lost = whole = 0.0
+        for name_a in (name for name in state.tensors if ".lora_A." in name):
+            name_b = name_a.replace(".lora_A.", ".lora_B.")
+            trained = [edge for edge, message in updates.items() if name_a in message.tensors]
+            if not trained:
+                continue
+            shares = stacking.share_of(samples, self.of("weigh"), trained)
+            pairs = [(updates[edge].tensors[name_b], updates[edge].tensors[name_a]) for edge in trained]
+            found = (state.tensors[name_b], state.tensors[name_a])  # [d_out, R], [R, d_in]
+            weights = [shares[edge] for edge in trained]
+            if self.join == "pad":
+                tensors[name_b], tensors[name_a] = stacking.pad(pairs, weights, self.rank)
+                exact = stacking.concatenate(pairs, weights)
+                size = stacking.frobenius(*exact)
+                gap = stacking.residual_norm([(tensors[name_b], tensors[name_a])], [exact]) * size if size else 0.0
+            else:
+                if self.join == "stack":
+                    changes = [(pair, stacking.leading(*found, len(pair[1]))) for pair in pairs]
+                    cut = stacking.stack(found, changes, weights, self.rank)
+                elif self.join == "increment":
+                    cut = stacking.increment(found, pairs, weights, self.rank)
+                else:
+                    cut = stacking.truncate(pairs, weights, self.rank, fill=found[1])
+                tensors[name_b], tensors[name_a] = cut.b, cut.a
+                gap, size = cut.residual, math.hypot(float(cut.singular.norm()), cut.residual)
+            lost, whole = math.hypot(lost, gap), math.hypot(whole, size)
+        for name in (name for name in state.tensors if ".lora_" not in name):  # a classifier's head
+            shares = stacking.share_of(samples, self.of("weigh"))
+            tensors[name] = sum((shares[e] * message.tensors[name] for e, message in updates.items()), torch.zeros(()))
+        return tensors, lost / whole if whole else 0.0
+
+
+def names_of(module: str) -> tuple[str, str]:
+    """The PEFT keys of a module's factors: (A, B)."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def ranks_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The rank of every module that has factors in `tensors`."""
+    return {lora.module_of(name): len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+
+
+def misfit(message: Message, state: Mapping[str, torch.Tensor]) -> str | None:
+    """Why an update cannot be joined with the global adapter: it is not a part of it, of lower rank; None if it can."""
+    heads = {name for name in state if ".lora_" not in name}
+    strange = sorted((message.tensors.keys() - state.keys()) | (heads - message.tensors.keys()))
+    if strange:
+        return f"its update and the global adapter differ in {len(strange)} tensors, the first {strange[0]}"
+    for name, tensor in message.tensors.items():
+        along = 0 if ".lora_A." in name else 1
+        other = name.replace(".lora_A.", ".lora_B.") if along == 0 else name.replace(".lora_B.", ".lora_A.")
+        if ".lora_" not in name:
+            fits = tensor.shape == state[name].shape
+        else:
+            pair = message.tensors.get(other)
+            fits = (
+                pair is not None and tensor.ndim == 2 and tensor.shape[1 - along] == state[name].shape[1 - along]
+                and tensor.shape[along] == pair.shape[1 - along] <= state[name].shape[along]
+            )  # fmt: skip
+        if not fits:
+            return f"its update has {name} in shape {list(tensor.shape)}, the global adapter {list(state[name].shape)}"
+        if not is_finite(tensor):
+            return f"its update has NaN or infinity in {name}"
+    return None
