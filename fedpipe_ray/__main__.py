@@ -60,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
         "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
     )
 
+    plan = commands.add_parser("plan", help="weights, ranks, batch, bits and steps of every edge, without training")
+    plan.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ")
+    plan.add_argument("--out", type=Path, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
+
     commands.add_parser("methods", help="list the methods and their settings")
 
     check = commands.add_parser("check", help="check everything that can be checked without training")
@@ -320,7 +325,26 @@ def command_check(options: argparse.Namespace) -> None:
     )
 
 
+def command_plan(options: argparse.Namespace) -> None:
+    """What each edge would be given; trains nothing."""
+    run = load(options.config, options.overrides)
+    from .display import Display, plan_table
+    from .results import plan_run, write_plan
+
+    display = Display(run.track.display)
+    set_up_logging(display, None)
+    clean_up_on_sigterm()
+    deadline, plans = plan_run(run, make_fleet, display)
+    try:
+        write_plan(options.out, deadline, plans)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from None
+    display.console.print(plan_table(deadline, plans))
+    display.note(f"wrote {options.out}")
+
+
 COMMANDS = {
+    "plan": command_plan,
     "run": command_run,
     "resume": command_resume,
     "evaluate": command_evaluate,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .config import edge_data
+from .planning import EdgePlan
 from .settings import Run
 
 if TYPE_CHECKING:
@@ -189,8 +191,7 @@ class Display:
         )
         if tuned:
             self.note(
-                f'adapter:  {out}/adapter   (peft.PeftModel.from_pretrained(base, "{out}/adapter"))\n'
-                f"merge:    fedpipe export {out} --out MODEL --merge\n"
+                f"{summary['export'].format(out=out)}\n"
                 f"go on:    fedpipe resume {out} rounds={2 * summary['rounds']}"
             )
 
@@ -215,6 +216,29 @@ def comparison(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Table:
             *[f"{number(before.get(key), 3)} -> {number(after.get(key), 3)}" for key in columns],
             end_section=name is None,
         )
+    return table
+
+
+def plan_table(deadline: float, plans: Mapping[str, EdgePlan]) -> Table:
+    """What each edge is given. weights: how many are adapted, and of which kinds; seconds: of a round, virtual."""
+    title = f"plan: rounds of at most {deadline:.3g} virtual seconds"
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    for name, justify in (
+        ("edge", "left"), ("bits", "right"), ("batch", "right"), ("steps", "right"), ("ranks", "right"),
+        ("weights", "left"), ("seconds", "right"), ("MiB of", "right"), ("capacity", "right"),
+        ("under-trained", "right"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a str to mypy
+    for edge, plan in plans.items():
+        ranks = sorted(set(plan.ranks.values()))
+        kinds = Counter(name.rpartition(".")[2] for name in plan.ranks)
+        table.add_row(
+            edge, str(plan.bits), str(plan.batch), str(plan.steps), "-".join(map(str, ranks[:1] + ranks[1:][-1:])),
+            " ".join(f"{kind} {count}" for kind, count in kinds.items()), number(plan.seconds, 2),
+            f"{plan.memory_bytes / 2**20:.1f}",
+            "none" if math.isinf(plan.capacity_bytes) else f"{plan.capacity_bytes / 2**20:.1f}",
+            f"{plan.under_training:.0%}",
+        )  # fmt: skip
     return table
 
 

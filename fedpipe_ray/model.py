@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -64,6 +65,9 @@ class Base:
         self.pad_id = set_pad_token(model, tokenizer)
         self.model = (model.to(device) if bits == 16 else model).eval().requires_grad_(False)
         self.attached: dict[Any, Any] = {}
+        if device.type == "cpu":
+            for tensor in self.model.state_dict().values():  # mapped from a file: in memory now, not in the first step
+                tensor.view(-1)[:: max(1, 4096 // tensor.element_size())].sum()
 
     @classmethod
     def load(
@@ -100,6 +104,11 @@ class Base:
         if lacking:
             _warn_of_random_weights(settings.name, ", ".join(lacking[:4]))
         return cls(model, load_tokenizer(settings), device, bits)
+
+    def writable(self) -> Any:
+        """A copy of `model` that shares no memory with it, in float32, every parameter to be trained."""
+        assert not self.attached, "an adapter would be copied too"
+        return copy.deepcopy(self.model).float().requires_grad_(True)
 
     def parcel(self) -> Parcel:
         """This model as a Parcel; tied weights travel once."""

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import peft
 
-from . import lora
 from .config import edge_data
 from .data import inspect, open_data
 from .display import Display
 from .errors import EdgeError, UserError
 from .evaluate import Metrics, combine, evaluate, generate
 from .fleet import classes_of
+from .message import write_atomically
 from .methods.base import Method
 from .model import Base
+from .planning import EdgePlan
 from .record import RunFolder
-from .run import Experiment, MakeFleet, export_adapter, preflight, server_site
+from .run import Experiment, MakeFleet, first_view, preflight, server_site
 from .settings import Data, Run
 
 Table = dict[str, Any]  # {"global": Metrics, "edges": {name: Metrics}}
@@ -38,10 +42,7 @@ def evaluate_run(
     if source is not None:
         method = preflight(run)
         site = server_site(run, method, point.classes)
-        weights = next(iter(method.weights(state, site).values()))
-        model = lora.attach(site.base, weights.spec)
-        lora.load(model, weights.tensors)
-        return on_source(model, site.base, run, source, point.classes)
+        return on_source(first_view(site, state).on(site.base), site.base, run, source, point.classes)
     experiment = Experiment(run, preflight(run), folder, make_fleet, display)
     try:
         experiment.open()
@@ -68,12 +69,12 @@ def evaluate_adapter(path: Path, run: Run, source: str, display: Display) -> tup
 
 
 def on_source(model: Any, base: Base, run: Run, source: str, classes: Sequence[str]) -> tuple[Table, Table]:
-    """(base, tuned) metrics of a PeftModel on all rows of a source."""
+    """(base, tuned) metrics of a PeftModel or a whole model on all rows of a source."""
     settings = dataclasses.replace(run.data, source=source, validation=0.0, test=0.0)
     rows = open_data(settings, "data", ["data"], run.seed, base.tokenizer, list(classes), only="test").test
     count = len(classes) if run.data.task == "classification" else 0
 
-    def measured() -> Table:
+    def measured(model: Any) -> Table:
         chosen = run.evaluate
         metrics: Metrics = evaluate(
             model,
@@ -97,13 +98,13 @@ def on_source(model: Any, base: Base, run: Run, source: str, classes: Sequence[s
             )
         return {"global": combine({"data": metrics}), "edges": {"data": metrics}}
 
-    with model.disable_adapter():
-        before = measured()
-    return before, measured()
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+        before = measured(model if hasattr(model, "disable_adapter") else base.model)
+    return before, measured(model)
 
 
 def export_run(path: Path, out: Path, merge: bool) -> None:
-    """Writes a run's adapter in PEFT's format, or the merged model with its tokenizer, to a new folder.
+    """Writes a run's adapter, or the merged model with its tokenizer, to a new folder; a whole model in both cases.
 
     A merged model has the architecture and parameter count of the base. Raises UserError.
     """
@@ -112,14 +113,11 @@ def export_run(path: Path, out: Path, merge: bool) -> None:
     state, point = folder.final_state(run)
     site = server_site(run, preflight(run), point.classes)
     with new_folder(out) as aside:
+        weights = first_view(site, state)
         if not merge:
-            export_adapter(aside, site, state)
+            weights.save(aside, site)
             return
-        weights = next(iter(site.method.weights(state, site).values()))
-        model = lora.attach(site.base, weights.spec)
-        lora.load(model, weights.tensors)
-        merged = model.merge_and_unload()
-        merged.save_pretrained(aside)
+        weights.merged(site.base).save_pretrained(aside)
         site.base.tokenizer.save_pretrained(aside)
 
 
@@ -138,6 +136,33 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; give another folder with --out") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def plan_run(run: Run, make_fleet: MakeFleet, display: Display) -> tuple[float, dict[str, EdgePlan]]:
+    """(deadline, plan of every edge) of the run's method, from what the edges tell; no training. Raises UserError."""
+    method = preflight(run)
+    survey = getattr(method, "survey", None)
+    if survey is None:
+        raise UserError(f"method.name: {run.method['name']} gives every edge the same; fedpipe is the one that plans")
+    with tempfile.TemporaryDirectory(prefix="fedpipe-plan-") as place:
+        experiment = Experiment(run, method, RunFolder(Path(place)), make_fleet, display)
+        try:
+            experiment.open()
+            with display.watching(experiment.fleet, "scoring the candidate weights"):
+                found: tuple[float, dict[str, EdgePlan]] = survey(experiment.fleet, experiment.server)
+            return found
+        finally:
+            experiment.fleet.close()
+
+
+def write_plan(path: Path, deadline: float, plans: Mapping[str, EdgePlan]) -> None:
+    """plan.json: the deadline, and every field of every edge's plan; a capacity without limit is null."""
+    edges = {}
+    for edge, plan in plans.items():
+        edges[edge] = {**dataclasses.asdict(plan), "ranks": dict(plan.ranks)}
+        if math.isinf(plan.capacity_bytes):
+            edges[edge]["capacity_bytes"] = None
+    write_atomically(path, json.dumps({"deadline_seconds": deadline, "edges": edges}, indent=2) + "\n")
 
 
 def check_data(run: Run, method: Method) -> list[str]:

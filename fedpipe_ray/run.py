@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from . import lora
 from .config import FREE_ON_RESUME, training_hash
 from .display import Display
 from .errors import AllEdgesLost, Interrupted, UserError
@@ -21,8 +20,8 @@ from .fleet import Fleet
 from .loop import Round, Start, federate
 from .message import Message
 from .methods import make_method
-from .methods.base import Method
-from .model import Base, empty_model
+from .methods.base import Method, Weights
+from .model import Base
 from .pretrain import builtin_model
 from .randomness import rng_for
 from .record import Checkpoint, RunFolder, round_record
@@ -49,10 +48,11 @@ def preflight(run: Run) -> Method:
     if method.base != "none":
         classes = run.data.labels or ["0", "1"]
         site = server_site(run, method, list(classes))
-        skeleton = empty_model(run.model, run.data.task, classes)
-        spec = getattr(method, "spec", None)
-        if spec is not None:
-            lora.inject(skeleton, spec(site))
+        check = getattr(method, "check", None)
+        if check is None:
+            site.bare()
+        else:
+            check(site)
     return method
 
 
@@ -178,9 +178,12 @@ class Experiment:
         self.display.round(record)
 
     def write(self, state: Message, status: str, tuned: dict[str, Any]) -> dict[str, Any]:
-        """Writes the adapter and summary.json; returns the summary."""
+        """Writes the adapter or model, and summary.json; returns the summary with `export`, how it is loaded."""
+        hint = ""
         if self.method.base != "none":
-            export_adapter(self.folder.path / "adapter", self.server, state)
+            weights = first_view(self.server, state)
+            weights.save(self.folder.path / weights.folder, self.server)
+            hint = weights.hint
         summary = {
             "status": status,
             "rounds": self.point.start.round,
@@ -189,7 +192,7 @@ class Experiment:
             "totals": self.point.totals,
         }
         self.folder.write_summary(summary)
-        return summary
+        return {**summary, "export": hint}
 
 
 def warn_of(outcomes: Iterable[Report | Lost], round: int) -> None:
@@ -213,10 +216,9 @@ def early_stop(run: Run, point: Checkpoint) -> str | None:
     return None
 
 
-def export_adapter(folder: Path, server: Site, state: Message) -> None:
-    """Writes the first view of `state` as a PEFT adapter."""
-    weights = next(iter(server.method.weights(state, server).values()))
-    lora.save_adapter(folder, weights.spec, server.skeleton(weights.spec), weights.tensors, server.run.model.name)
+def first_view(server: Site, state: Message) -> Weights:
+    """The view of `state` that is a run's result."""
+    return next(iter(server.method.weights(state, server).values()))
 
 
 def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:

@@ -186,26 +186,29 @@ class Site:
         self.progress.status = "ready"
         return metrics
 
+    def measure(self, model: Any, split: str) -> Metrics:
+        """Metrics of a model on this site's rows; empty if the split has none. The virtual clock does not count it."""
+        classes = len(self.classes) if self.task == "classification" else 0
+        return evaluate(
+            model, getattr(self.data, split), device=self.base.device, pad_id=self.base.pad_id, classes=classes,
+            batch=self.run.evaluate.batch, limit=self.run.evaluate.rows, precision=self.run.local.precision,
+        )  # fmt: skip
+
     def _evaluate_view(self, weights: Weights | None, split: str, answers: int) -> Metrics:
-        base, settings, rows = self.base, self.run.evaluate, getattr(self.data, split)
+        base, settings = self.base, self.run.evaluate
         model, off = base.model, None
         if weights is not None:
-            model = lora.attach(base, weights.spec)
-            lora.load(model, weights.tensors)
+            model = weights.on(base)
         elif base.attached:
             model = next(iter(base.attached.values()))
             off = model.disable_adapter()
-        classes = len(self.classes) if self.task == "classification" else 0
         try:
             if off is not None:
                 off.__enter__()
-            metrics = evaluate(
-                model, rows, device=base.device, pad_id=base.pad_id, classes=classes, batch=settings.batch,
-                limit=settings.rows, precision=self.run.local.precision,
-            )  # fmt: skip
-            if answers and not classes:
+            metrics = self.measure(model, split)
+            if answers and self.task != "classification":
                 metrics |= generate(
-                    model, base.tokenizer, rows, device=base.device, count=answers,
+                    model, base.tokenizer, getattr(self.data, split), device=base.device, count=answers,
                     max_new_tokens=settings.max_new_tokens, answer=settings.answer,
                 )  # fmt: skip
         finally:
@@ -247,20 +250,20 @@ class Site:
             raise UserError(f"edge {self.name}: its private state cannot be restored: {error}") from None
 
 
-def training_memory(site: Site, peak: PeakMemory) -> int:
+def training_memory(peak: PeakMemory, stored: int) -> int:
     """Bytes of model, adapters, optimizer and activations at their peak; 0 if this machine cannot tell.
 
-    On the CPU: the base as it is stored and what the process grew by. So the interpreter, its libraries and what other
-    edges hold in the same process are not counted.
+    On the CPU: what of the model was `stored` before, and what the process grew by. So the interpreter, its libraries
+    and what other edges hold in the same process are not counted.
     """
-    if site.method.base == "none" or not peak.grown:
+    if not stored or not peak.grown:
         return 0
-    return peak.bytes if peak.device.type == "cuda" else stored_bytes(site.base.model) + peak.grown
+    return peak.bytes if peak.device.type == "cuda" else stored + peak.grown
 
 
-def within_capacity(site: Site, peak: PeakMemory) -> int:
+def within_capacity(site: Site, peak: PeakMemory, stored: int) -> int:
     """The training memory of a round. Raises MemoryError if it is above the profile's capacity."""
-    used, capacity = training_memory(site, peak), site.profile.training_memory_bytes
+    used, capacity = training_memory(peak, stored), site.profile.training_memory_bytes
     if capacity is not None and used > capacity:
         raise MemoryError(f"training took {used / 2**20:.0f} MiB of {capacity / 2**20:.0f} (training_memory_bytes)")
     return used
@@ -278,11 +281,12 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     site.private = site.private_before(round)
     site.progress.status, site.progress.step = "training", 0
     started = time.perf_counter()
-    peak = PeakMemory(site.base.device if site.method.base != "none" else torch.device("cpu"))
+    model = None if site.method.base == "none" else site.base.model
+    peak, stored = PeakMemory(site.base.device if model else torch.device("cpu")), stored_bytes(model) if model else 0
     try:
         with peak:
             update = site.method.local_update(order, site, rng).to(site.run.wire.dtype)
-        up, held = update.total_bytes, within_capacity(site, peak)
+        up, held = update.total_bytes, within_capacity(site, peak, stored)
         spent = dataclasses.replace(
             site.cost, seconds=time.perf_counter() - started, peak_memory_bytes=peak.bytes, bytes_up=up,
             training_memory_bytes=held,
@@ -295,7 +299,7 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
         reason, trace = f"diverged: {error}", None
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason, trace = f"out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}", None
-        site.cost = dataclasses.replace(site.cost, training_memory_bytes=training_memory(site, peak))
+        site.cost = dataclasses.replace(site.cost, training_memory_bytes=training_memory(peak, stored))
     except Exception as error:  # whatever a method does wrong stays on its edge
         reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     site.progress.status = "lost"

@@ -9,6 +9,7 @@ from runs import ROOT
 
 from clusters import HERE, find_profiles
 from fedpipe_ray.config import build, load_run
+from fedpipe_ray.methods import make_method
 from fedpipe_ray.settings import Profile
 
 
@@ -23,4 +24,4 @@ def test_profiles_are_valid(name: str) -> None:
 def test_examples_load(path: Path) -> None:
     run = load_run(path, [], find_profiles)
     assert len(run.fleet.edges) == 5
-    assert run.method["name"] == "lora"
+    assert make_method(run.method)

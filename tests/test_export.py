@@ -16,12 +16,11 @@ import transformers
 from runs import here, load
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from fedpipe_ray import lora
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.model import Base
 from fedpipe_ray.record import RunFolder
-from fedpipe_ray.run import server_site
+from fedpipe_ray.run import first_view, server_site
 
 TOKENS = torch.tensor([[3, 9, 17, 5, 10], [4, 4, 11, 12, 8]])  # [rows, length]
 SMALL = {"vocab_size": 25, "pad_token_id": 1}
@@ -59,10 +58,7 @@ def trained(folder: Path, run_file: Path, *overrides: object) -> tuple[Any, Mess
     run = RunFolder.open(folder).run()
     state, point = RunFolder.open(folder).final_state(run)
     site = server_site(run, make_method(run.method), point.classes)
-    weights = next(iter(site.method.weights(state, site).values()))
-    model = lora.attach(site.base, weights.spec)
-    lora.load(model, weights.tensors)
-    return model, state
+    return first_view(site, state).on(site.base), state
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
+    "full": "fedpipe_ray.methods.full:Full",
     "lora": "fedpipe_ray.methods.lora:Lora",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")

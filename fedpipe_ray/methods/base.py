@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -17,15 +20,101 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section, require
 
 if TYPE_CHECKING:
+    from fedpipe_ray.model import Base
     from fedpipe_ray.site import Site
 
 
+class Weights(Protocol):
+    """One named view of a state that a model can be evaluated with and exported as: an adapter, or a whole model.
+
+    folder: where in the run folder the export stands.
+    """
+
+    folder: ClassVar[str]
+
+    @property
+    def hint(self) -> str:
+        """Lines for the end of a run: where its export stands and how it is loaded; `{out}` is the run folder."""
+
+    def on(self, base: Base) -> Any:
+        """The base model with these weights, for evaluation. `base.model` itself stays as it is."""
+
+    def save(self, folder: Path, server: Site) -> None:
+        """Writes the export into `folder`."""
+
+    def merged(self, base: Base) -> Any:
+        """A plain model of the base's architecture that computes the same. Raises UserError if there is none."""
+
+
 @dataclass(frozen=True)
-class Weights:
-    """One named view of a state that a model can be evaluated with and exported as: a LoRA adapter."""
+class LoraWeights:
+    """A LoRA adapter."""
 
     spec: lora.LoraSpec
     tensors: Mapping[str, torch.Tensor]
+
+    folder: ClassVar[str] = "adapter"
+
+    @property
+    def hint(self) -> str:
+        """PEFT loads it, and it can be merged."""
+        return (
+            'adapter:  {out}/adapter   (peft.PeftModel.from_pretrained(base, "{out}/adapter"))\n'
+            "merge:    fedpipe export {out} --out MODEL --merge"
+        )
+
+    def on(self, base: Base) -> Any:
+        """The PeftModel."""
+        model = lora.attach(base, self.spec)
+        lora.load(model, self.tensors)
+        return model
+
+    def save(self, folder: Path, server: Site) -> None:
+        """A PEFT adapter."""
+        lora.save_adapter(folder, self.spec, server.skeleton(self.spec), self.tensors, server.run.model.name)
+
+    def merged(self, base: Base) -> Any:
+        """The base with the adapter added to its weights."""
+        return self.on(base).merge_and_unload()
+
+
+@dataclass(frozen=True)
+class FullWeights:
+    """All parameters of the model by name; tied ones once."""
+
+    tensors: Mapping[str, torch.Tensor]
+    task: str = "causal"
+
+    folder: ClassVar[str] = "model"
+
+    @property
+    def hint(self) -> str:
+        """Transformers alone loads it."""
+        kind = "CausalLM" if self.task == "causal" else "SequenceClassification"
+        return f'model:    {{out}}/model   (transformers.AutoModelFor{kind}.from_pretrained("{{out}}/model"))'
+
+    def on(self, base: Base) -> Any:
+        """A copy of the model in float32, made anew each time: whoever holds it pays for it."""
+        lora.detach(base)
+        model = base.writable()
+        lora.load(model, self.tensors)
+        return model
+
+    def save(self, folder: Path, server: Site) -> None:
+        """Model and tokenizer as transformers writes them, in float32; `folder` is replaced when all is written."""
+        model = self.on(server.base)
+        aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+        try:
+            model.save_pretrained(aside)
+            server.base.tokenizer.save_pretrained(aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def merged(self, base: Base) -> Any:
+        """The model: there is nothing to merge."""
+        return self.on(base)
 
 
 class Method(Protocol):
@@ -127,6 +216,10 @@ class LoraMethod(Section):
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
         return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
 
+    def check(self, site: Site) -> None:
+        """Raises UserError if the model of `site` has no place for the adapter; loads no weights."""
+        lora.inject(site.bare(), self.spec(site))
+
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """A fresh adapter; the head of a classifier as the base model has it."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
@@ -153,7 +246,7 @@ class LoraMethod(Section):
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the global adapter."""
-        return {"global": Weights(self.spec(site), state.tensors)}
+        return {"global": LoraWeights(self.spec(site), state.tensors)}
 
 
 def weighted_mean(state: Message, reports: Iterable[Report | Lost]) -> Message:

@@ -14,6 +14,7 @@ server adds sum_i p_i (B_i A_i - B_i0 A_i0) to G, exactly by stacking, and cuts 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import SCORE, Facts, facts_here, facts_of, learn, protected, smoothed
 from fedpipe_ray.message import Message
 from fedpipe_ray.planning import EdgePlan
+from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import steps_of
@@ -36,7 +38,10 @@ from fedpipe_ray.train import steps_of
 from .base import LoraMethod, arrivals, is_finite
 
 if TYPE_CHECKING:
+    from fedpipe_ray.fleet import Fleet
     from fedpipe_ray.site import Site
+
+log = logging.getLogger("fedpipe")
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "out_lin",
              "c_attn", "attention.output.dense", "attn.c_proj", "query_key_value", "out_proj")  # fmt: skip
@@ -45,6 +50,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"score": "svd", "tie": "none", "solver": "greedy", "steps": "equal", "weigh": "paper"},
 }
 TAIL = "tail."
+LIMIT = 10**6  # steps, where nothing else limits them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +121,13 @@ class FedPipe(LoraMethod):
         shape: Shape = server.memo["shape"]
         return shape
 
-    def configure(self, state: Message, edges: Mapping[str, Profile], server: Site) -> dict[str, EdgePlan]:
-        """A plan for every edge. Raises UserError for one that nothing fits."""
+    def configure(
+        self, state: Message, edges: Mapping[str, Profile], server: Site
+    ) -> tuple[float, dict[str, EdgePlan]]:
+        """(deadline in virtual seconds, a plan for every edge). Raises UserError for an edge that nothing fits."""
         shape, local = self.shape(server), server.run.local
         facts = facts_of(edges, state.numbers, server.run.data.max_length)
-        scores = {edge: self.scores(edge, state, shape, facts) for edge in edges}
+        scores = {edge: np.array(list(self.scores(edge, state, shape, facts).values())) for edge in edges}  # [keys]
         planned = {edge: steps_of(local, fact.rows) for edge, fact in facts.items()}
         floors = {edge: protected(planned[edge], fact.share, len(edges)) for edge, fact in facts.items()}
         depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
@@ -129,29 +137,56 @@ class FedPipe(LoraMethod):
                 demand_of(
                     edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype,
                     bits=self.bits or [16, 8, 4], batch=local.batch, depths=[d for d in depths if d != 0],
-                    steps=planned[edge], min_steps=floors[edge], max_steps=max(floors[edge], int(most)),
+                    steps=planned[edge], min_steps=floors[edge], max_steps=max(floors[edge], int(min(most, LIMIT))),
                     correction=state.numbers.get(f"{edge}/memory", 1.0),
                 )
                 for edge, profile in edges.items()
             ]  # fmt: skip
 
-        def plan(deadline: float, most: float = 1e6) -> dict[str, EdgePlan]:
+        def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
             return planning.plan(
-                shape.keys, demands(most), scores, deadline, solver=self.of("solver"), steps=self.of("steps"),
+                shape.keys, demands(most), scores, deadline, solver, self.of("steps"),
                 lam=self.penalty, communication_share=self.communication,
             )  # fmt: skip
 
         try:
-            deadline = self.deadline_seconds or planning.search_deadline(demands(1e6), plan)
-            plans = plan(deadline)
-            fewest = min(found.steps for found in plans.values())
-            return plan(deadline, self.step_ratio * fewest)
+            deadline = self.deadline_seconds
+            if deadline is None:  # exact plans are a second each: the search does with greedy ones
+                quick = "greedy" if self.of("solver") == "exact" else self.of("solver")
+                deadline, _ = planning.search_deadline(partial(plans, solver=quick))
+            fewest = min(found.steps for found in plans(deadline).values())
+            chosen = plans(deadline, self.step_ratio * fewest)
         except ValueError as error:
             raise UserError(str(error)) from None
+        if all(found.seconds > deadline * 1.001 for found in chosen.values()):
+            rates = ", ".join(f"{edge} {found.under_training:.0%}" for edge, found in chosen.items())
+            log.warning(
+                "method.deadline_seconds: no edge meets %.3g s; under-training rates: %s; the best plan follows",
+                deadline, rates,
+            )  # fmt: skip
+        return deadline, chosen
+
+    def survey(self, fleet: Fleet, server: Site) -> tuple[float, dict[str, EdgePlan]]:
+        """What `configure` gives once every edge has told its facts and scores; nothing is trained."""
+        state = self.start(server, rng_for(server.run.seed, 0, "start"))
+        _, first = self.configure(state, fleet.edges, server)
+        shape, spec = self.shape(server), self.spec(server)
+        orders = {
+            edge: Message(self.parts(state, {}, found, shape, spec), {**numbers_of(found), "score": 1.0, "survey": 1.0})
+            for edge, found in first.items()
+        }
+        numbers: dict[str, float] = {}
+        for report in fleet.run(orders, 0):
+            if isinstance(report, Lost):
+                raise UserError(f"edge {report.edge}: {report.reason}")
+            learn(report.edge, report.message().numbers, numbers)
+        return self.configure(Message(state.tensors, numbers), fleet.edges, server)
 
     def scores(self, edge: str, state: Message, shape: Shape, facts: Mapping[str, Facts]) -> dict[str, float]:
         """Importance of every key for one edge; all alike before the first scoring."""
-        known = {other: smoothed(other, state.numbers).scores() for other in facts}
+        plain = self.of("score") in ("gradient", "random")  # uncertainty is AdaLoRA's, and of scores that drift
+        seen = {other: smoothed(other, state.numbers) for other in facts}
+        known = {other: dict(found.mean) if plain else found.scores() for other, found in seen.items()}
         found = known[edge]
         if self.scope == "global":
             known = {other: own for other, own in known.items() if own}
@@ -169,7 +204,7 @@ class FedPipe(LoraMethod):
     ) -> dict[str, Message]:
         """Each edge's leading triplets to train, what acts frozen beside them, and its bits, batch and steps."""
         shape, spec = self.shape(server), self.spec(server)
-        plans = self.configure(state, edges, server)
+        _, plans = self.configure(state, edges, server)
         fresh: dict[str, torch.Tensor] = {}
         if self.join == "increment":
             shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items() if ".lora_" in name}
@@ -178,7 +213,7 @@ class FedPipe(LoraMethod):
         return {
             edge: Message(
                 self.parts(state, fresh, found, shape, spec),
-                {"bits": found.bits, "batch": found.batch, "steps": found.steps, "score": score},
+                {**numbers_of(found), "score": score},
             )
             for edge, found in plans.items()
         }
@@ -212,6 +247,8 @@ class FedPipe(LoraMethod):
         frozen = lora.LoraSpec.uneven(spec, ranks_of(rest)) if rest else None
         if order.numbers["score"]:
             numbers |= self.probe(order, site, spec, rng)
+        if "survey" in order.numbers:
+            return Message({}, numbers)
         batch = int(order.numbers["batch"])
         model = lora.attach(base, lora.LoraSpec.uneven(spec, ranks_of(own)), frozen)
         lora.load(model, own)
@@ -324,6 +361,11 @@ class FedPipe(LoraMethod):
 def names_of(module: str) -> tuple[str, str]:
     """The PEFT keys of a module's factors: (A, B)."""
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def numbers_of(found: EdgePlan) -> dict[str, float]:
+    """A plan's scalars, as an order carries them."""
+    return {"bits": found.bits, "batch": found.batch, "steps": found.steps}
 
 
 def ranks_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -1,0 +1,51 @@
+"""What edges tell the server: shares, protection, smoothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedpipe_ray.facts import facts_of, learn, protected, smoothed
+
+EDGES = dict.fromkeys(("a", "b"))
+
+
+def test_an_edge_that_told_nothing_has_long_rows_and_a_fair_share() -> None:
+    known = facts_of(EDGES, {}, longest=96)
+    assert (known["a"].tokens, known["a"].longest, known["a"].units, known["a"].share) == (96, 96, 96, 0.5)
+
+
+def test_a_share_of_rows() -> None:
+    known = facts_of(EDGES, {"a/rows": 30.0, "b/rows": 10.0}, longest=96)
+    assert (known["a"].share, known["b"].share) == (0.75, 0.25)
+
+
+def test_a_rare_class_counts_as_much_as_a_common_one() -> None:
+    """a holds 90 of 100 rows of class 0 and none of class 1: (0.9 + 0) / 2; b all 10 of class 1: (0.1 + 1) / 2."""
+    numbers = {"a/rows": 90.0, "a/class.0": 90.0, "b/rows": 20.0, "b/class.0": 10.0, "b/class.1": 10.0}
+    known = facts_of(EDGES, numbers, longest=96)
+    assert (known["a"].share, known["b"].share) == (pytest.approx(0.45), pytest.approx(0.55))
+
+
+def test_names_of_edges_that_begin_alike_do_not_mix() -> None:
+    known = facts_of({"a": None, "a/b": None}, {"a/rows": 30.0, "a/b/rows": 10.0}, longest=96)
+    assert (known["a"].rows, known["a/b"].rows) == (30, 10)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(0.1, 3), (0.2, 3), (0.3, 10), (0.4, 20), (0.9, 20)])
+def test_large_or_rare_data_are_protected(share: float, steps: int) -> None:
+    """Five edges, 20 steps planned: a fair share is 0.2; at 0.3 half of them, 20 x (0.3 x 5 - 1) = 10; twice it: all."""
+    assert protected(20, share, 5) == steps
+
+
+def test_never_more_steps_than_planned_are_protected() -> None:
+    assert protected(2, 0.1, 5) == 2
+
+
+def test_scores_are_smoothed_and_facts_replaced() -> None:
+    """I' = 0.15 x 2 = 0.3, U' = 0.15 x (2 - 0.3) = 0.255; then I' = 0.85 x 0.3 + 0.3 = 0.555, U' as below."""
+    numbers: dict[str, float] = {}
+    learn("a", {"rows": 5.0, "score.x.q_proj": 2.0}, numbers)
+    assert smoothed("a", numbers).scores()["x.q_proj"] == pytest.approx(0.3 * 0.255)
+    learn("a", {"rows": 6.0, "score.x.q_proj": 2.0}, numbers)
+    assert numbers["a/rows"] == 6
+    assert smoothed("a", numbers).scores()["x.q_proj"] == pytest.approx(0.555 * (0.85 * 0.255 + 0.15 * 1.445))
