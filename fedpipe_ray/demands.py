@@ -27,6 +27,9 @@ from .settings import Profile
 
 ADAM = 12  # bytes a trained parameter takes beside its own four: gradient and two moments
 BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
+CONTEXT = (
+    128 * 2**20
+)  # bytes a CPU process grows by whatever the model: kernels' scratch, arenas, mapped rows; 60-110 MB
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Shape:
 
     keys: candidate weights; below: [layers + 1] parameters in matrix products before each layer, then before the head;
     products: all of them; base_bytes by bits; activation_bytes a token that trains with every layer; vocabulary: width
-    of the logits; largest_bytes: of the largest linear weight, unpacked.
+    of the logits; largest_bytes: of the largest linear weight, unpacked; context_bytes: of a process of any model.
     """
 
     keys: tuple[Key, ...]
@@ -45,6 +48,7 @@ class Shape:
     activation_bytes: float
     vocabulary: int
     largest_bytes: int
+    context_bytes: int
 
     @property
     def layers(self) -> int:
@@ -86,7 +90,7 @@ def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) ->
     return Shape(
         keys, (*(before[layer] for layer in sorted(before)), total - heads), total,
         {bits: base_bytes(base.model, bits, classifier) for bits in (4, 8, 16)},
-        activation_bytes(base, spec, classifier), width, 4 * largest,
+        activation_bytes(base, spec, classifier), width, 4 * largest, CONTEXT if base.device.type == "cpu" else 0,
     )  # fmt: skip
 
 
@@ -200,7 +204,12 @@ def _choice(
     part = 1.0 if depth is None else min(1.0, depth / shape.layers)
     logits = 3 * 4 * batch * min(facts.longest, 2 * facts.units) * shape.vocabulary
     unpacked = shape.largest_bytes if bits != 16 else 0
-    held = shape.base_bytes[bits] + 4 * rank * float(width.sum()) + longest * shape.activation_bytes * part
+    held = (
+        shape.context_bytes
+        + shape.base_bytes[bits]
+        + 4 * rank * float(width.sum())
+        + longest * shape.activation_bytes * part
+    )
     return Choice(
         bits, batch, depth, flops / profile.compute_flops, tokens * 2 * width / profile.compute_flops,
         np.zeros(len(width)), correction * (held + logits + unpacked), correction * ADAM * width, np.zeros(len(width)),

@@ -103,7 +103,8 @@ def federate(
 ) -> Iterator[Round]:
     """Runs `rounds` rounds of `method` on `fleet` from `start` (default: the method's own beginning).
 
-    Raises AllEdgesLost if no edge of a round gave a usable report; the state before it stands.
+    Raises AllEdgesLost if no edge of a round gave a usable report and the method learned nothing from that; the state
+    before it stands.
     """
     start = start or Start(method.start(server, rng_for(seed, 0, "start")))
     state, first = start.state, start.round
@@ -114,9 +115,11 @@ def federate(
         orders = method.plan(state, edges, server, number, rng_for(seed, number, "plan"))
         outcomes: dict[str, Report | Lost] = {}
         arriving = watch(fleet.run(orders, number), outcomes)
-        state = method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
+        before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
         outcomes = {name: settled(outcome) for name, outcome in outcomes.items()}
-        if not any(isinstance(outcome, Report) for outcome in outcomes.values()):
+        learned = state.numbers != before.numbers  # a planner that learned from the losses tries again
+        del before
+        if not learned and not any(isinstance(outcome, Report) for outcome in outcomes.values()):
             raise AllEdgesLost(number, list(outcomes.values()))
         wall = time.perf_counter() - began
         evaluation: dict[str, Metrics] = {}

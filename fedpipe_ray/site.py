@@ -161,9 +161,9 @@ class Site:
             flops=self.cost.flops + training_flops(model, done.tokens),
         )  # fmt: skip
 
-    def gradients(self, model: Any, rng: np.random.Generator, batches: int) -> dict[str, torch.Tensor]:
+    def gradients(self, model: Any, rng: np.random.Generator, batches: int, **changes: Any) -> dict[str, torch.Tensor]:
         """Gradients of the mean loss over a few batches of training rows, by PEFT key; nothing is changed."""
-        local, train_rows = self.run.local, self.data.train
+        local, train_rows = dataclasses.replace(self.run.local, **changes), self.data.train
         found, tokens = gradients(
             model, train_rows, local, batches=batches, rng=rng, device=self.base.device, pad_id=self.base.pad_id,
             classifier=self.task == "classification",

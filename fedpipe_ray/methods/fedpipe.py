@@ -27,9 +27,10 @@ import torch
 from fedpipe_ray import importance, lora, planning, stacking
 from fedpipe_ray.demands import Shape, demand_of, shape_of
 from fedpipe_ray.errors import UserError
-from fedpipe_ray.facts import SCORE, Facts, facts_here, facts_of, learn, protected, smoothed
+from fedpipe_ray.facts import Facts, facts_here, facts_of, learn, protected, smoothed
 from fedpipe_ray.message import Message
 from fedpipe_ray.planning import EdgePlan
+from fedpipe_ray.probe import probe, ranks_of
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
@@ -241,58 +242,25 @@ class FedPipe(LoraMethod):
     def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
         """The trained factors, facts about the rows, and every candidate's score where the order asks for it."""
         base, spec = site.hold(int(order.numbers["bits"])), self.spec(site)
+        batch = int(order.numbers["batch"])
+        size = {"batch": batch, "accumulate": min(batch, site.run.local.accumulate)}
         own = {name: t for name, t in order.tensors.items() if not name.startswith(TAIL)}
         rest = {name.removeprefix(TAIL): t for name, t in order.tensors.items() if name.startswith(TAIL)}
         numbers = facts_here(site)
-        frozen = lora.LoraSpec.uneven(spec, ranks_of(rest)) if rest else None
         if order.numbers["score"]:
-            numbers |= self.probe(order, site, spec, rng)
+            heads = {name: tensor for name, tensor in own.items() if ".lora_" not in name}
+            numbers |= probe(site, spec, whole_of(order.tensors), heads, self.of("score"), size, rng)
         if "survey" in order.numbers:
             return Message({}, numbers)
-        batch = int(order.numbers["batch"])
+        frozen = lora.LoraSpec.uneven(spec, ranks_of(rest)) if rest else None
         model = lora.attach(base, lora.LoraSpec.uneven(spec, ranks_of(own)), frozen)
         lora.load(model, own)
         if frozen is not None:
             lora.load(model, rest, frozen=True)
-        accumulate = min(batch, site.run.local.accumulate)
         before = site.cost
-        site.train(model, rng, steps=int(order.numbers["steps"]), epochs=None, batch=batch, accumulate=accumulate)
+        site.train(model, rng, steps=int(order.numbers["steps"]), epochs=None, **size)
         numbers["tokens"] = (site.cost.tokens - before.tokens) / max(1, site.cost.samples - before.samples)
         return Message(lora.read(model), numbers)
-
-    def probe(self, order: Message, site: Site, spec: lora.LoraSpec, rng: np.random.Generator) -> dict[str, float]:
-        """Scores of all candidates: rank-1 adapters on the global one, trained for three steps unless by `gradient`."""
-        whole: dict[str, torch.Tensor] = {}
-        for name, tensor in order.tensors.items():
-            if ".lora_" in name and not name.startswith(TAIL):
-                rest = order.tensors.get(TAIL + name)
-                parts = [tensor] if rest is None else [tensor, rest]
-                whole[name] = torch.cat(parts, dim=0 if ".lora_A." in name else 1)
-        whole |= {n.removeprefix(TAIL): t for n, t in order.tensors.items() if n.removeprefix(TAIL) not in whole
-                  and n.startswith(TAIL)}  # fmt: skip
-        acting = any(bool(t.any()) for name, t in whole.items() if ".lora_B." in name)
-        one = lora.LoraSpec(1, spec.alpha / spec.rank, spec.targets, spec.dropout, spec.task)
-        frozen = lora.LoraSpec.uneven(spec, ranks_of(whole)) if acting else None
-        model = lora.attach(site.base, one, frozen)
-        shapes = {name: tuple(p.shape) for name, p in lora.parameters(model).items()}
-        start = lora.initial(shapes, torch.Generator().manual_seed(int(rng.integers(2**63))))
-        start |= {name: tensor for name, tensor in order.tensors.items() if ".lora_" not in name}
-        lora.load(model, start)
-        if frozen is not None:
-            lora.load(model, whole, frozen=True)
-        kind = self.of("score")
-        if kind in ("svd", "sensitivity", "sigma"):
-            site.train(model, rng, steps=3, epochs=None)
-        gradients = site.gradients(model, rng, batches=2)
-        tensors = lora.read(model)
-        numbers = {}
-        for name_a in (name for name in tensors if ".lora_A." in name):
-            name_b = name_a.replace(".lora_A.", ".lora_B.")
-            found = importance.score(
-                kind, tensors[name_a], tensors[name_b], gradients[name_a], gradients[name_b], one.alpha, rng
-            )
-            numbers[SCORE + lora.module_of(name_a)] = found
-        return numbers
 
     # -- on the server: aggregation
 
@@ -310,7 +278,7 @@ class FedPipe(LoraMethod):
         def noted() -> Iterator[Report | Lost]:
             for report in reports:
                 if isinstance(report, Lost) and report.reason.startswith("out of memory"):
-                    numbers[f"{report.edge}/memory"] = 1.25 * numbers.get(f"{report.edge}/memory", 1.0)
+                    correct(report, server.run.fleet.edges[report.edge], numbers)
                 yield report
 
         for report, message in arrivals(noted(), partial(misfit, state=state.tensors)):
@@ -363,14 +331,27 @@ def names_of(module: str) -> tuple[str, str]:
     return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
+def correct(lost: Lost, profile: Profile, numbers: dict[str, float]) -> None:
+    """Raises an edge's memory model by what it took over its capacity, a tenth at least: its next plan has less."""
+    capacity = profile.training_memory_bytes or profile.gpu_memory_bytes or 0
+    factor = max(1.1, lost.cost.training_memory_bytes / capacity if capacity else 0.0)
+    name = f"{lost.edge}/memory"
+    numbers[name] = factor * numbers.get(name, 1.0)
+    log.warning("edge %s: its memory is now taken to be %.2f times the model's; it gets less", lost.edge, numbers[name])
+
+
 def numbers_of(found: EdgePlan) -> dict[str, float]:
     """A plan's scalars, as an order carries them."""
     return {"bits": found.bits, "batch": found.batch, "steps": found.steps}
 
 
-def ranks_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """The rank of every module that has factors in `tensors`."""
-    return {lora.module_of(name): len(tensor) for name, tensor in tensors.items() if ".lora_A." in name}
+def whole_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The factors that act together: what an order has to train, and its tail behind it."""
+    whole = {name: tensor for name, tensor in tensors.items() if ".lora_" in name and not name.startswith(TAIL)}
+    for name, rest in ((n.removeprefix(TAIL), t) for n, t in tensors.items() if n.startswith(TAIL)):
+        along = 0 if ".lora_A." in name else 1
+        whole[name] = torch.cat([whole[name], rest], dim=along) if name in whole else rest
+    return whole
 
 
 def misfit(message: Message, state: Mapping[str, torch.Tensor]) -> str | None:
