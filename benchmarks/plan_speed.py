@@ -4,7 +4,8 @@
 
 100 edges, a Llama-3-8B-like model, q, k, v, o of 32 layers each on its own: 128 weights. Costs are counted as in the
 plan's own formulas, not measured; capacities, speeds and links are drawn anew in every repeat. In `one score a kind`
-the layers of a kind share their score. CPU seconds are of all threads.
+the layers of a kind share their score. CPU seconds are of all threads. `below exact` is in percent of what the weights
+of the exact plan are worth, sum_m S_m g(r_m), because values may be near zero; `best` does not aim at the value.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ FLOPS = 4 * 8e9 * TOKENS  # a sample, forward and backward, base frozen
 
 
 def demand(number: int, rng: np.random.Generator) -> Demand:
-    """One edge: 6 to 24 GiB less what others use, 10 to 100 TFLOP/s, 10 to 100 Mbit/s up, twice that down; 12 choices."""
+    """One edge: 6 to 24 GiB less what others use, 10 to 100 TFLOP/s, 10 to 100 Mbit/s up, twice that down."""
+    shared = np.array([1.0 if key.kind == "o_proj" else 1 / 3 for key in KEYS])  # q, k, v keep the same input
     size = np.array([key.d_in + key.d_out for key in KEYS], float)
-    capacity = max(5.75, rng.choice([6, 8, 12, 16, 24]) * rng.uniform(0.75, 1)) * 2**30
+    capacity = max(5.9, rng.choice([6, 8, 12, 16, 24]) * rng.uniform(0.75, 1)) * 2**30
     rate, uplink = (float(np.exp(rng.uniform(np.log(a), np.log(10 * a)))) for a in (1e13, 1e7))
     choices = [
         Choice(
@@ -40,7 +42,7 @@ def demand(number: int, rng: np.random.Generator) -> Demand:
             step_seconds_key=np.full(len(KEYS), 2e-4),
             memory_bytes=(BASE_GIB[bits] + 0.3 + 0.12 * batch) * 2**30,
             memory_bytes_rank=16 * size + batch * TOKENS * 4,
-            memory_bytes_key=batch * TOKENS * 2 * np.array([key.d_in for key in KEYS], float),
+            memory_bytes_key=batch * TOKENS * 2 * WIDTH * shared,
         )
         for bits in BASE_GIB
         for batch in (1, 2, 4, 8)
@@ -70,8 +72,8 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
                 cpu[name].append(time.process_time() - began_cpu)
             for name in seconds:
-                pairs = [(found["exact"][e].value, found[name][e].value) for e in found[name]]
-                gaps[name] += [100 * (most - value) / abs(most) for most, value in pairs]
+                pairs = [(most, found[name][edge].value) for edge, most in found["exact"].items()]
+                gaps[name] += [100 * (most.value - v) / (most.value + LAM * most.under_training) for most, v in pairs]
         rows += [
             {
                 "scores": kind, "solver": name, "seconds, median": median(seconds[name]), "best": min(seconds[name]),

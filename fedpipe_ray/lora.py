@@ -94,7 +94,7 @@ def attach(base: Base, spec: LoraSpec, frozen: LoraSpec | None = None) -> Any:
         detach(base)
         model = inject(base.model, spec)
         if frozen is not None:
-            model.add_adapter(FROZEN, frozen.peft_config())
+            peft.PeftModel.add_adapter(model, FROZEN, frozen.peft_config())  # a classifier's own adds another head
             model.base_model.set_adapter(["default", FROZEN])
             for parameter in _of(model, FROZEN).values():
                 parameter.requires_grad_(False)

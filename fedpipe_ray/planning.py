@@ -23,6 +23,7 @@ Array = npt.NDArray[np.float64]
 Picks = npt.NDArray[np.intp]  # [keys] positions in RANKS
 RANKS = (0, 1, 2, 4, 8, 16, 32)
 GAINS: dict[str, Callable[[Array], Array]] = {"log2": lambda rank: np.log2(1 + rank), "sqrt": np.sqrt}
+MIXES = (0.0, 0.1, 0.25, 0.75, 0.9, 1.0)  # of seconds in the costs that greedy looks at
 STEPS = ("equal", "capped", "filled")
 TINY = 1e-300
 TOLERANCE = 1e-4  # of sum_m S_m g(32): what `exact` may miss
@@ -138,11 +139,14 @@ class _Edge:
         self.gain = scores[:, None] * GAINS[gain](rank) * used
         self.seconds = (steps * (per_rank * rank + per_key) + demand.transfer_seconds_rank[:, None] * rank) * used
         self.memory = np.ceil((bytes_rank * rank + bytes_key) * used)
+        self.costs = (self.seconds, self.memory)
+        self.steps = [np.diff(x).reshape(len(choices), -1) for x in (self.gain, *self.costs)]  # [choices, keys x 6]
         self.scale = float(self.gain[:, :, -1].sum(1).max()) + lam or 1.0
         self._refuse_what_never_fits()
 
     def _refuse_what_never_fits(self) -> None:
         need = np.where(self.allowed, self.memory[:, :, 1], np.inf).min(1) - self.room
+        self.can = need <= 0  # [choices] take one weight at rank 1
         if need.min() > 0:
             demand = self.demand
             smallest = demand.choices[int(need.argmin())]
@@ -251,40 +255,40 @@ def _uniform(edge: _Edge) -> list[_Found]:
 
 
 def _starts(edge: _Edge, rows: Picks, mix: Array) -> list[tuple[float, int, Picks]]:
-    """For choices `rows` [n], cost mixes [n]: rank steps [keys x 6] by falling gain per cost, and the best start of them.
+    """For choices `rows` [n] and mixes [n] the rank steps [keys x 6] by falling gain per cost, and their best start.
 
-    (its value, how many steps, all steps in order). Cost is mix x seconds + (1 - mix) x bytes, each as a share of all.
+    (value, how many steps, all steps in order). Cost is mix x seconds + (1 - mix) x bytes, each as a share of all.
     What a key costs at any rank makes its first step dear: all steps up to its best gain per cost in whole rank as one.
     """
-    gain, *costs = (x[rows] for x in (edge.gain, edge.seconds, edge.memory))  # [n, keys, ranks]
-    seconds, memory = (x / np.maximum(x[:, :, -1:].sum(1, keepdims=True), TINY) for x in costs)
-    cost = mix[:, None, None] * seconds + (1 - mix[:, None, None]) * memory
+    seconds, memory = (x[rows] / np.maximum(x[rows, :, -1:].sum(1, keepdims=True), TINY) for x in edge.costs)
+    cost, gain = seconds * mix[:, None, None] + memory * (1 - mix[:, None, None]), edge.gain[rows]
     whole = gain[:, :, 1:] / np.maximum(cost[:, :, 1:], TINY)
-    at = whole.argmax(-1)[:, :, None] >= np.arange(len(RANKS) - 1)
-    slope = np.where(at, whole.max(-1, keepdims=True), np.diff(gain) / np.maximum(np.diff(cost), TINY))
+    as_one = np.arange(len(RANKS) - 1) <= whole.argmax(-1)[:, :, None]
+    slope = np.where(as_one, whole.max(-1, keepdims=True), np.diff(gain) / np.maximum(np.diff(cost), TINY))
     slope[~edge.allowed[rows]] = -1
     order = np.argsort(-slope.reshape(len(rows), -1), axis=1, kind="stable")
-    gain, seconds, memory = (np.diff(x).reshape(len(rows), -1) for x in (gain, *costs))
-    line = np.arange(len(rows))[:, None]
-    value = gain[line, order].cumsum(1) - edge.lam * edge.under(edge.start[rows, None] + seconds[line, order].cumsum(1))
-    value[memory[line, order].cumsum(1) > edge.room[rows, None]] = -np.inf
+    gain, seconds, memory = (x[rows[:, None], order].cumsum(1) for x in edge.steps)
+    value = gain - edge.lam * edge.under(edge.start[rows, None] + seconds)
+    value[memory > edge.room[rows, None]] = -np.inf
     return [(v[at], int(at) + 1 if v[at] > -np.inf else 0, o) for v, at, o in zip(value, value.argmax(1), order)]
 
 
 def _greedy(edge: _Edge) -> list[_Found]:
-    """Of each choice the best start of the steps in order at three mixes, filled up; eight more mixes for the best."""
-    rows = np.arange(len(edge.start))
-    starts = _starts(edge, np.repeat(rows, 3), np.tile([0.0, 0.5, 1.0], len(rows)))
-    found = [_fill(edge, q, *max(starts[3 * q : 3 * q + 3], key=lambda start: start[0])) for q in rows]
-    best = max(found, key=_worth).choice
-    finer = _starts(edge, np.full(8, best), np.array([0.05, 0.1, 0.2, 0.35, 0.65, 0.8, 0.9, 0.95]))
-    return found + [_fill(edge, best, *start) for start in finer]
+    """Of the three most promising choices the best start of the steps in order, filled up; seconds and bytes mixed."""
+    small = edge.memory[:, :, -1].sum(1) <= edge.room  # then only seconds cost
+    rows = np.arange(len(small))
+    starts = dict(enumerate(_starts(edge, rows, np.where(small, 1.0, 0.5))))
+    top = sorted(np.flatnonzero(edge.can).tolist(), key=lambda q: starts[q][0], reverse=True)[:3]
+    pairs = [(q, mix) for q in top if not small[q] for mix in MIXES]
+    more = _starts(edge, *(np.array(x) for x in zip(*pairs))) if pairs else []
+    for (q, _), start in zip(pairs, more):
+        starts[q] = max(starts[q], start, key=lambda one: one[0])
+    return [_fill(edge, q, *starts[q]) for q in top] + _uniform(edge)
 
 
 def _fill(edge: _Edge, q: int, value: float, taken: int, order: Picks) -> _Found:
     """The first `taken` steps, then each later one, in order, that fits and raises the value."""
-    levels, room, start = len(RANKS) - 1, edge.room[q], order[:taken]
-    steps = [np.diff(x[q]).reshape(-1) for x in (edge.gain, edge.seconds, edge.memory)]
+    levels, room, steps, start = len(RANKS) - 1, edge.room[q], [x[q] for x in edge.steps], order[:taken]
     gain, seconds, memory = (float(x[start].sum()) for x in steps)
     seconds += float(edge.start[q])
     dearer = edge.lam * (edge.under(seconds + steps[1]) - edge.under(seconds)) if taken else -1
@@ -322,9 +326,11 @@ def _improve(edge: _Edge, q: int, best: _Found, tolerance: float) -> _Found:
 
     u is concave in seconds beyond the deadline, so that line - lam u is largest at an end of a span of seconds: spans
     and ranks whose bounds miss the goal are dropped. On what is left u is replaced by its chord, which lies below it;
-    the MILP bounds the span, and the span is halved while that bound is above the goal.
+    the MILP bounds the span, which is split at its solution while that bound is above the goal.
     """
     goal = (best.worth[0] + tolerance) * edge.scale
+    if edge.gain[q, :, -1].sum() - edge.lam * edge.under(edge.start[q]) <= goal or not edge.can[q]:
+        return best
     low, high = edge.start[q], edge.start[q] * (1 + 1e-9) + edge.seconds[q, :, -1].sum()
     dearest = (edge.gain[q, :, 1:] / np.maximum(edge.seconds[q, :, 1:], edge.start[q] * 1e-12)).max()
     prices = np.r_[0.0, np.geomspace(max(dearest, TINY) * 1e-4, max(dearest, TINY), 11)]
@@ -337,8 +343,8 @@ def _improve(edge: _Edge, q: int, best: _Found, tolerance: float) -> _Found:
         if not alive.size:
             return best
         low, high = ends[alive[0]], ends[alive[-1] + 1]
-        at = int(bounds[:, bounds.min(0).argmax()].argmin())
-        used, prices = prices, np.linspace(prices[max(at - 1, 0)], prices[min(at + 1, len(prices) - 1)], 12)
+        j = int(bounds[:, bounds.min(0).argmax()].argmin())
+        used, prices = prices, np.linspace(prices[max(j - 1, 0)], prices[min(j + 1, len(prices) - 1)], 12)
     middle = float(np.clip(edge.deadline, low, high))
     spans = [(a, b) for a, b in ((middle, high), (low, middle)) if a < b]
     while spans:
@@ -347,13 +353,15 @@ def _improve(edge: _Edge, q: int, best: _Found, tolerance: float) -> _Found:
         most = (cut[:, None] + used[:, None] * (ends - edge.start[q]) - edge.lam * edge.under(ends)).max(1)  # [J]
         loss = terms.max(-1, keepdims=True) - terms
         keep = (most[:, None, None] - loss > goal).all(0) & (edge.memory[q] <= edge.room[q])  # [keys, ranks]
+        keep[~edge.allowed[q], 1:] = False
         if not keep.any(1).all():
             continue
         picks, bound = _milp(edge, q, keep, low, high, tolerance / 2)
         best = max(best, edge.found(q, picks), key=_worth)
         goal = (best.worth[0] + tolerance) * edge.scale
-        if bound > goal:
-            middle = math.sqrt(low * high)
+        if bound > goal and high > low * (1 + 1e-9):
+            at = edge.start[q] + edge.total(edge.seconds, q, picks)  # there the chords of both parts are exact
+            middle = at if low * (1 + 1e-9) < at < high * (1 - 1e-9) else math.sqrt(low * high)
             spans += [(middle, high), (low, middle)]
     return best
 
@@ -362,7 +370,8 @@ def _milp(edge: _Edge, q: int, keep: Any, low: float, high: float, gap: float) -
     """The best ranks among `keep` within seconds low to high, u as its chord there, and a bound on their value.
 
     Keys with equal numbers are one group: an integer variable says how many of it get a rank. All-zero picks and -inf
-    if there are none. HiGHS may overstep a row by 1e-9 of it; then the capacity is drawn in by a little.
+    if there are none. HiGHS may overstep a row by 1e-9 of it; then the capacity is drawn in by a little. No presolve:
+    it gained nothing here, and HiGHS 1.12 at times prints a line as it undoes it.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -388,7 +397,7 @@ def _milp(edge: _Edge, q: int, keep: Any, low: float, high: float, gap: float) -
                 np.r_[size, -np.inf, (low - start) * 1e3 / (high - start), 1],
                 np.r_[size, 1e3 * (1 - draw), 1e3, np.inf],
             ),
-            options={"mip_rel_gap": gap * 1e3 / max(float(np.abs(profit) @ size[of]), TINY)},
+            options={"presolve": False, "mip_rel_gap": gap * 1e3 / max(float(np.abs(profit) @ size[of]), TINY)},
         )
         if solved.x is None:
             return np.zeros_like(picks), -math.inf
@@ -417,11 +426,10 @@ def exact(
     if not tolerance >= 1e-8:
         raise ValueError(f"tolerance {tolerance} must be at least 1e-8")
     edge = _Edge(keys, demand, scores, deadline_seconds, lam, gain)
-    found = _greedy(edge)
-    best = max(found + _uniform(edge), key=_worth)
-    for one in sorted(found[: len(edge.start)], key=_worth, reverse=True):  # one a choice
-        if one.worth[0] > -math.inf:  # else not even one key fits
-            best = _improve(edge, one.choice, best, tolerance)
+    best = max(_greedy(edge), key=_worth)
+    most = edge.gain[:, :, -1].sum(1) - lam * edge.under(edge.start)
+    for q in np.argsort(-most, kind="stable").tolist():
+        best = _improve(edge, q, best, tolerance)
     return edge.plan(best, steps)
 
 
@@ -437,7 +445,7 @@ def greedy(
 ) -> EdgePlan:
     """The plan that takes the best gain per cost first, in three mixes of seconds and bytes; never below `uniform`."""
     edge = _Edge(keys, demand, scores, deadline_seconds, lam, gain)
-    return edge.plan(max(_greedy(edge) + _uniform(edge), key=_worth), steps)
+    return edge.plan(max(_greedy(edge), key=_worth), steps)
 
 
 def uniform(

@@ -75,13 +75,15 @@ class Experiment:
         with self.display.watching(self.fleet):
             ready = self.fleet.open()
         self.display.edges(self.run, ready)
+        self.server.classes = list(getattr(self.fleet, "classes", []))
         return ready
 
     def begin(self, config_hash: str) -> None:
         """Opens the fleet, evaluates the base model, and writes the checkpoint before round 1."""
         ready = self.open()
-        self._classes()
         state = self.method.start(self.server, rng_for(self.run.seed, 0, "start"))
+        # Pure, so it can be tried: an edge that no plan fits is refused before a file is written.
+        self.method.plan(state, self.fleet.edges, self.server, 0, rng_for(self.run.seed, 0, "plan"))
         self.point = Checkpoint(
             Start(state), config_hash, {one.edge: one.fingerprint for one in ready},
             classes=self.server.classes,
@@ -96,7 +98,6 @@ class Experiment:
     def resume(self, point: Checkpoint) -> None:
         """Opens the fleet and takes up a checkpoint. Raises UserError if an edge's data is not what it was."""
         ready = self.open()
-        self._classes()
         changed = [one.edge for one in ready if point.fingerprints.get(one.edge) != one.fingerprint]
         if changed or len(ready) != len(point.fingerprints):
             raise UserError(
@@ -106,9 +107,6 @@ class Experiment:
         (self.folder.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
         self.fleet.restore(point.start.round, point.start.private)
         self.point = point
-
-    def _classes(self) -> None:
-        self.server.classes = list(getattr(self.fleet, "classes", []))
 
     def measure(self, state: Message | None) -> dict[str, Any]:
         """{"global": ..., "edges": {name: ...}} on the test rows, with free-text answers where they are asked for."""

@@ -129,12 +129,12 @@ def test_no_run_file(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_pat
         ("fleet.profiles=clusters/laptop.yaml", "fleet.edges: no edge a in clusters/laptop.yaml; it has tower, laptop"),
         # methods
         ("method.name=lorra", "method.name: no method 'lorra'; did you mean lora? There are: "),
-        ("method.name=zebra", "method.name: no method 'zebra'; give module:Class for your own. There are: lora"),
+        ("method.name=zebra", "method.name: no method 'zebra'; give module:Class for your own. There are: ... lora"),
         ("method.name=nowhere:Own", "method.name: cannot import 'nowhere:Own': No module named 'nowhere'; is its"),
         ("method.name=faulty:Own", "method.name: cannot import 'faulty:Own': module ... has no attribute 'Own'"),
         ("method.name=fractions:Fraction", "method.name: fractions:Fraction is no method: it has no start, plan,"),
         ("method.name=math:pi", "method.name: math:pi is no method: it has no start, plan"),
-        ("method.name=3", "method.name: 3 is no name; there are lora"),
+        ("method.name=3", "method.name: 3 is no name; there are ... lora"),
         ("method={rank: 3}", "method: needs a name; `fedpipe methods` lists them"),
         ("method.targets=[q_proj, qq_proj]", "method.targets: no module qq_proj; there are down_proj, gate_proj"),
         # models

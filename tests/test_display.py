@@ -17,8 +17,10 @@ from fedpipe_ray.display import Display, comparison, in_words, megabytes, number
 from fedpipe_ray.evaluate import perplexity
 from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.loop import Round
+from fedpipe_ray.lora import LoraSpec
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
+from fedpipe_ray.methods.base import LoraWeights
 from fedpipe_ray.record import round_record
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.site import Progress, Ready

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .base import Method
 
 METHODS = {
+    "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
     "full": "fedpipe_ray.methods.full:Full",
     "lora": "fedpipe_ray.methods.lora:Lora",

@@ -51,7 +51,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"score": "svd", "tie": "none", "solver": "greedy", "steps": "equal", "weigh": "paper"},
 }
 TAIL = "tail."
-LIMIT = 10**6  # steps, where nothing else limits them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +61,8 @@ class FedPipe(LoraMethod):
     linear weights; attention alone with `preset: paper`). score, tie, solver, steps, weigh: null = the preset's. scope:
     each edge by its own scores, or by the fleet's. refresh_every: rounds between scorings. bits: what an edge may use.
     deadline_seconds: of a round on the virtual clock (null: searched). communication: share of it that the upload may
-    take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest. depth: whether
+    take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest,
+    and over those that local.steps plans. depth: whether
     a slow edge may adapt its top layers alone. join: stack, or the baselines truncate, pad and increment.
     """
 
@@ -133,20 +133,17 @@ class FedPipe(LoraMethod):
         floors = {edge: protected(planned[edge], fact.share, len(edges)) for edge, fact in facts.items()}
         depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
 
-        def demands(most: float) -> list[planning.Demand]:
-            return [
-                demand_of(
-                    edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype,
-                    bits=self.bits or [16, 8, 4], batch=local.batch, depths=[d for d in depths if d != 0],
-                    steps=planned[edge], min_steps=floors[edge], max_steps=max(floors[edge], int(min(most, LIMIT))),
-                    correction=state.numbers.get(f"{edge}/memory", 1.0),
-                )
-                for edge, profile in edges.items()
-            ]  # fmt: skip
+        def demand(edge: str, profile: Profile, most: float) -> planning.Demand:
+            ceiling = max(floors[edge], int(min(most, self.step_ratio * planned[edge])))
+            return demand_of(
+                edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
+                bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned[edge],
+                min_steps=floors[edge], max_steps=ceiling, correction=state.numbers.get(f"{edge}/memory", 1.0),
+            )  # fmt: skip
 
         def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
             return planning.plan(
-                shape.keys, demands(most), scores, deadline, solver, self.of("steps"),
+                shape.keys, [demand(*edge, most) for edge in edges.items()], scores, deadline, solver, self.of("steps"),
                 lam=self.penalty, communication_share=self.communication,
             )  # fmt: skip
 

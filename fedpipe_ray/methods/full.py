@@ -36,9 +36,9 @@ class Full(Section):
     base: ClassVar[Literal["shared", "none"]] = "shared"
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
-        """The pretrained parameters."""
+        """The pretrained parameters, the server's own where they are float32."""
         parameters = server.base.model.named_parameters()
-        return Message({name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters})
+        return Message({name: p.detach().to("cpu", torch.float32) for name, p in parameters})
 
     def plan(
         self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator

@@ -1,0 +1,445 @@
+"""Plans of edges against numbers derived by hand, brute force, and what must hold for any instance."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from fedpipe_ray.planning import (
+    GAINS,
+    RANKS,
+    Choice,
+    Demand,
+    EdgePlan,
+    Key,
+    best,
+    count_steps,
+    exact,
+    greedy,
+    plan,
+    search_deadline,
+    uniform,
+)
+
+A, B = (Key(name, name, 0, 8, 8) for name in "ab")
+SOLVERS = {"exact": exact, "greedy": greedy, "uniform": uniform}
+
+
+def choice(keys: int = 2, **changes: Any) -> Choice:
+    """16 bits, batch 1, 1 s a step, 100 bytes, and nothing for the adapters but what `changes` says."""
+    arrays = ("step_seconds_rank", "step_seconds_key", "memory_bytes_rank", "memory_bytes_key")
+    changes = {"bits": 16, "batch": 1, "depth": None, "step_seconds": 1.0, "memory_bytes": 100.0, **changes}
+    return Choice(**{**changes, **{name: np.broadcast_to(float_array(changes.get(name, 0)), keys) for name in arrays}})
+
+
+def demand(choices: Sequence[Choice], **changes: Any) -> Demand:
+    """10 planned steps, at least 3, at most 80; no limit of memory and nothing to send but what `changes` says."""
+    keys = len(choices[0].step_seconds_rank)
+    changes = {"capacity_bytes": math.inf, "fixed_seconds": 0.0, "transfer_seconds_rank": 0, **changes}
+    changes["transfer_seconds_rank"] = np.broadcast_to(float_array(changes["transfer_seconds_rank"]), keys)
+    return Demand(
+        **{"edge": "e1", "rows": 10, "steps": 10, "min_steps": 3, "max_steps": 80, **changes}, choices=choices
+    )
+
+
+def float_array(values: Any) -> np.ndarray[Any, Any]:
+    return np.asarray(values, dtype=float)
+
+
+@pytest.mark.parametrize("solver", ["exact", "greedy"])
+def test_memory_goes_to_the_best_gain_per_byte(solver: str) -> None:
+    """Scores 3 and 1, 10 free bytes, 1 byte a unit of rank. Gains a byte of the steps to ranks 1, 2, 4, 8:
+
+    a 3, 1.75, 1.11, 0.64; b 1, 0.58, 0.37, 0.21: so a1 a2 a4 b1 a8 b2, 10 bytes. 3 log2 9 + log2 3 = 11.095; the next
+    best, (4, 4), has 3 log2 5 + log2 5 = 9.288.
+    """
+    edge = demand([choice(memory_bytes_rank=1)], capacity_bytes=110.0)
+    found = SOLVERS[solver]([A, B], edge, np.array([3.0, 1.0]), 10.0)
+    assert found.ranks == {"a": 8, "b": 2}
+    assert found.value == pytest.approx(3 * math.log2(9) + math.log2(3))
+    assert (found.memory_bytes, found.under_training, found.seconds) == (110, 0, 10)
+
+
+@pytest.mark.parametrize(
+    ("lam", "rank", "value"), [(10, 1, 1 - 10 / 11), (7, 2, math.log2(3) - 7 / 6), (4, 32, math.log2(33) - 4 * 32 / 42)]
+)
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_seconds_cost_what_they_leave_untrained(solver: str, lam: float, rank: int, value: float) -> None:
+    """One weight of score 1, 10 s without adapter, deadline 10 s, 1 s a unit of rank: u = r / (10 + r).
+
+    log2(1 + r) - lam u at r = 1, 2, 4, 8, 16, 32: lam 10: 0.09 -0.08 -0.54 -1.27 -2.07 -2.57; lam 7: 0.36 0.42 0.32
+    0.06 -0.22 -0.29; lam 4: 0.64 0.92 1.18 1.39 1.63 2.00.
+    """
+    edge = demand([choice(1)], transfer_seconds_rank=1)
+    found = SOLVERS[solver]([A], edge, np.array([1.0]), 10.0, lam)
+    assert found.ranks == {"a": rank}
+    assert found.value == pytest.approx(value)
+    assert found.under_training == pytest.approx(rank / (10 + rank))
+    assert found.planned_seconds == 10 + rank
+
+
+def test_square_roots_reward_high_ranks_more() -> None:
+    """Free bytes 16, scores 3 and 1: sqrt: (8, 8) 4 x 2.83 = 11.31; (8, 4) 10.49; (4, 8) 8.83; (16, 0) 12."""
+    edge = demand([choice(memory_bytes_rank=1)], capacity_bytes=116.0)
+    assert exact([A, B], edge, np.array([3.0, 1.0]), 10.0, gain="sqrt").ranks == {"a": 16}
+    assert exact([A, B], edge, np.array([3.0, 1.0]), 10.0).ranks == {"a": 8, "b": 8}  # 4 x 3.17 = 12.7; 3 x 4.09 = 12.3
+
+
+def test_a_fixed_cost_is_paid_once() -> None:
+    """A weight costs 8 bytes and 1 a unit of rank. 24 free: one at 16 has 4.09, two at 4 have 4.64 at the same 24."""
+    edge = demand([choice(memory_bytes_rank=1, memory_bytes_key=8)], capacity_bytes=124.0)
+    assert exact([A, B], edge, np.ones(2), 10.0).ranks == {"a": 4, "b": 4}
+    edge = replace(edge, capacity_bytes=117.0)  # two at 1 need 18; one at 8 needs 16
+    found = greedy([A, B], edge, np.ones(2), 10.0)
+    assert list(found.ranks.values()) == [8]
+    assert found.memory_bytes == 116
+
+
+def test_greedy_finds_the_one_choice_that_fits() -> None:
+    """Rank 1 of a needs 9 bytes, of b 5: in 108 bytes only the last choice has room, and for b alone."""
+    choices = [choice(bits=4 + n, memory_bytes=103.0 + (n < 3), memory_bytes_key=[9, 5]) for n in range(4)]
+    found = greedy([A, B], demand(choices, capacity_bytes=108.0), np.array([9.0, 1]), 10.0)
+    assert (found.bits, found.ranks) == (7, {"b": 32})
+
+
+def test_depth_keeps_to_the_top_layers() -> None:
+    keys = [Key(f"{n}", "q", n, 8, 8) for n in range(4)]
+    edge = demand([choice(4, depth=2)])
+    for solver in (exact, greedy, uniform, best):
+        assert solver(keys, edge, np.array([9.0, 9, 1, 1]), 10.0).ranks == {"2": 32, "3": 32}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ties_go_to_less_under_training_then_bits_then_batch(solver: str) -> None:
+    """At lam 0 all these have the value 2 log2 33. 10 steps; deadline 10 s."""
+    scores = np.ones(2)
+
+    def chosen(*choices: Choice) -> tuple[int, int]:
+        found = SOLVERS[solver]([A, B], demand(choices), scores, 10.0, 0.0)
+        return found.bits, found.batch
+
+    slow = choice(step_seconds=2.0)
+    assert chosen(slow, choice(bits=4)) == (4, 1)  # u is 1/2 and 0
+    assert chosen(choice(bits=4, batch=8), choice(bits=8), choice(bits=8, step_seconds=0.5)) == (8, 1)
+    assert chosen(choice(batch=2), choice(batch=4), choice(batch=1), choice(bits=8, batch=8)) == (16, 4)
+
+
+def test_a_smaller_batch_plans_more_steps_for_the_same_samples() -> None:
+    """10 steps of batch 8 are 80 samples: 27 steps of batch 3."""
+    found = exact([A, B], demand([choice(batch=3)], batch=8), np.ones(2), 10.0)
+    assert (found.steps, found.planned_seconds) == (27, 27)
+    assert found.under_training == pytest.approx(17 / 27)
+    assert exact([A, B], demand([choice(batch=3)]), np.ones(2), 10.0).steps == 10
+
+
+@pytest.mark.parametrize(
+    ("mode", "fit", "steps"),
+    [("equal", 5, 10), ("equal", 50, 10), ("capped", 5.9, 5), ("capped", 50, 10), ("capped", 1, 3), ("filled", 5.9, 5),
+     ("filled", 50, 50), ("filled", 99, 80), ("filled", -2, 3), ("filled", math.inf, 80), ("filled", 6 - 1e-12, 6)],
+)  # fmt: skip
+def test_steps(mode: str, fit: float, steps: int) -> None:
+    """10 planned, 3 to 80 allowed."""
+    assert count_steps(mode, 10, 3, 80, fit) == steps
+    assert count_steps("capped", 2, 3, 80, 50) == 2  # the floor asks no more than the plan
+
+
+def test_filled_steps_leave_room_for_transfer() -> None:
+    """5 s fixed, rank 32 on two weights: 64 x 0.5 s up; 1 + 64 x 0.125 = 9 s a step: (100 - 37) / 9 = 7 steps."""
+    edge = demand([choice(step_seconds_rank=0.125)], fixed_seconds=5.0, transfer_seconds_rank=0.5)
+    found = exact([A, B], edge, np.ones(2), 100.0, 0.0, steps="filled")
+    assert (found.steps, found.seconds, found.planned_seconds) == (7, 100, 127)
+    assert found.under_training == pytest.approx(27 / 127)
+
+
+QV = [Key(f"{layer}.{kind}", kind, layer, 8, 8) for layer in range(2) for kind in "qv"]
+QV_SCORES = np.array([1.0, 2, 1, 3])
+
+
+def test_best_takes_one_rank_that_a_share_of_the_deadline_sends() -> None:
+    """1 s a unit of rank and weight. A quarter of 100 s: 4 weights at rank 4 take 16, at rank 8 32.
+
+    Then (100 - 4 - 16) / 2 = 40 steps. A quarter of 50 s sends rank 2 only, below 4: q goes (score 2 of v's 5), and v
+    takes 8 s at rank 4, 16 at rank 8; (50 - 4 - 8) / 2 = 19 steps.
+    """
+    edge = demand([choice(4, step_seconds=2.0)], fixed_seconds=4.0, transfer_seconds_rank=1)
+    found = best(QV, edge, QV_SCORES, 100.0)
+    assert found.ranks == {key.name: 4 for key in QV}
+    assert (found.steps, found.seconds, found.planned_seconds) == (40, 100, 40)
+    assert found.value == pytest.approx(7 * math.log2(5))
+    found = best(QV, edge, QV_SCORES, 50.0)
+    assert (found.ranks, found.steps) == ({"0.v": 4, "1.v": 4}, 19)
+    assert best(QV, edge, QV_SCORES, 50.0, min_rank=2).ranks == {key.name: 2 for key in QV}
+    assert best(QV, edge, QV_SCORES, 50.0, communication_share=0.5).ranks == {key.name: 4 for key in QV}
+    assert best(QV, edge, QV_SCORES, 4.0).ranks == {"0.v": 1, "1.v": 1}  # nothing can be sent in 1 s: the least
+
+
+def test_best_takes_the_most_bits_at_the_reference_batch() -> None:
+    """Capacity 100. Bytes without adapters at (bits, batch), 1 a unit of rank: rank 4 everywhere needs 16 more."""
+
+    def chosen(**bytes_of: int) -> tuple[int, int, set[int]]:
+        names = {name: (int(name.split("_")[1]), int(name.split("_")[2])) for name in bytes_of}
+        choices = [choice(4, bits=names[n][0], batch=names[n][1], memory_bytes=m, memory_bytes_rank=1)
+                   for n, m in bytes_of.items()]  # fmt: skip
+        found = best(QV, demand(choices, capacity_bytes=100.0, batch=2), QV_SCORES, 100.0)
+        return found.bits, found.batch, set(found.ranks.values())
+
+    assert chosen(c_4_2=40, c_8_2=60, c_16_2=110, c_16_1=80) == (8, 2, {8})
+    assert chosen(c_4_2=40, c_8_2=90, c_8_1=30) == (4, 2, {8})  # 8 bits at batch 2 would cost a kind
+    assert chosen(c_4_2=95, c_4_1=60, c_8_1=84) == (8, 1, {4})
+    assert chosen(c_4_4=20, c_4_2=60) == (4, 2, {8})  # never above the reference
+    assert chosen(c_4_4=20, c_4_2=101) == (4, 4, {16})  # unless nothing else fits
+    assert chosen(c_4_2=99) == (4, 2, {1})  # one weight
+
+
+def test_best_drops_depth_only_for_three_steps_or_to_fit() -> None:
+    """12 s beside the steps at rank 4 on two weights; by 50 s three steps of 10 s fit, not of 30 s."""
+    whole = choice(4, step_seconds=30.0, memory_bytes_rank=1)
+    top = replace(whole, depth=1, step_seconds=10.0)
+    edge = demand([top, whole], fixed_seconds=4.0, transfer_seconds_rank=1)
+    found = best(QV, edge, QV_SCORES, 50.0)
+    assert (found.depth, found.steps, found.ranks) == (1, 3, {"1.q": 4, "1.v": 4})
+    quick = replace(whole, step_seconds=10.0)
+    assert best(QV, replace(edge, choices=[top, quick]), QV_SCORES, 50.0).depth is None
+    large = replace(quick, memory_bytes=200.0)
+    assert best(QV, replace(edge, choices=[top, large], capacity_bytes=150.0), QV_SCORES, 50.0).depth == 1
+
+
+def test_plans_by_edge_and_an_edge_that_nothing_fits() -> None:
+    gib = float(2**30)
+    edge = demand(
+        [choice(bits=4, memory_bytes=1.2 * gib, memory_bytes_rank=8), choice(memory_bytes=2 * gib)], edge="e3"
+    )
+    fine, tight = replace(edge, edge="e2"), replace(edge, capacity_bytes=0.8 * gib)
+    plans = plan([A, B], [fine, edge], {"e3": np.array([0.0, 1]), "e2": np.array([1.0, 0])}, 10.0, "greedy", "equal")
+    assert list(plans) == ["e2", "e3"]
+    assert (plans["e2"].ranks["a"], plans["e3"].ranks["b"]) == (32, 32)
+    message = (
+        "edge e3: rank 1 on one weight at 4 bits and batch 1 needs 1.2 GiB of 0.8 GiB; give it more memory or a sm"
+    )
+    for solver in ("best", *SOLVERS):
+        with pytest.raises(ValueError, match=message):
+            plan([A, B], [fine, tight], np.ones(2), 10.0, solver)
+
+
+def test_a_deadline_that_nobody_meets_is_no_error() -> None:
+    for solver in ("best", *SOLVERS):
+        found = plan([A, B], [demand([choice()])], np.ones(2), 1.0, solver)["e1"]
+        assert (found.under_training, found.steps, found.seconds) == (0.9, 3, 3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_worthless_weights_get_a_plan_too(solver: str) -> None:
+    edge = demand([choice(memory_bytes_rank=[9, 1])], capacity_bytes=118.0, transfer_seconds_rank=1)
+    found = SOLVERS[solver]([A, B], edge, np.zeros(2), 10.0)
+    assert found.ranks
+
+
+def test_uniform_needs_room_for_all() -> None:
+    edge = demand([choice(memory_bytes_rank=1)], capacity_bytes=101.0)
+    assert best([A, B], edge, np.array([1.0, 2]), 10.0).ranks == {"b": 1}
+    with pytest.raises(ValueError, match="edge e1: rank 1 on all weights fits no choice; plan by another solver"):
+        uniform([A, B], edge, np.ones(2), 10.0)
+
+
+def test_search_deadline_by_hand() -> None:
+    """Edges do 1 and 4 steps a second after 1 s, 12 planned, 24 at most: 13 and 4 planned seconds; grid 4, 7.21, 13.
+
+    Samples a second: (3 + 12) / 4 = 3.75, (6 + 24) / 7 = 4.29, (12 + 24) / 13 = 2.77.
+    """
+
+    def plans(deadline: float) -> dict[str, EdgePlan]:
+        steps = {rate: math.floor(min(24, rate * (deadline - 1))) for rate in (1, 4)}
+        return {
+            f"e{rate}": EdgePlan(f"e{rate}", 4, 1, None, n, {}, 1 + n / rate, 1 + 12 / rate, 0, math.inf, 0, 0)
+            for rate, n in steps.items()
+        }
+
+    deadline, found = search_deadline(plans, points=3)
+    assert deadline == pytest.approx(math.sqrt(4 * 13))
+    assert [one.steps for one in found.values()] == [6, 24]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": np.ones(3)}, "edge e1: scores must be 2 finite numbers of at least 0, one a key"),
+        ({"scores": np.array([1, math.nan])}, "edge e1: scores must be 2 finite numbers"),
+        ({"deadline_seconds": 0.0}, "edge e1: deadline_seconds 0.0 must be above 0"),
+        ({"lam": -1.0}, "edge e1: lam -1.0 must be finite and at least 0"),
+        ({"gain": "linear"}, "edge e1: unknown gain 'linear': one of log2, sqrt"),
+        ({"solver": "milp"}, "unknown solver 'milp': one of best, exact, greedy, uniform"),
+        ({"steps": "full"}, "unknown steps 'full': one of equal, capped, filled"),
+        ({"min_rank": 0}, r"communication_share 0.25 must be in \(0, 1\], min_rank 0 at least 1"),
+        ({"communication_share": 2.0}, r"communication_share 2.0 must be in \(0, 1\]"),
+        ({"keys": [A, A]}, "edge e1: keys must be at least one, no name twice"),
+        ({"demands": [demand([choice()]), demand([choice()])]}, "an edge stands twice: e1, e1"),
+        ({"demands": [replace(demand([choice()]), choices=[])]}, "edge e1: choices must be at least one"),
+        ({"demands": [demand([choice()], transfer_seconds_rank=-1)]}, "edge e1: transfer_seconds_rank must be 2 f"),
+        ({"demands": [demand([choice(step_seconds_rank=math.inf)])]}, "edge e1: choice 0: step_seconds_rank must be 2"),
+        ({"demands": [demand([choice()], fixed_seconds=-1.0)]}, "edge e1: fixed_seconds -1.0 must be finite and at l"),
+        ({"demands": [demand([choice()], capacity_bytes=math.nan)]}, "edge e1: capacity_bytes nan must be above 0"),
+        ({"demands": [demand([choice()], steps=0)]}, "edge e1: steps 0 must be at least 1"),
+        ({"demands": [demand([choice()], batch=0)]}, "edge e1: batch 0 must be at least 1, or None"),
+        ({"demands": [demand([choice()], max_steps=2)]}, "edge e1: min_steps 3 and max_steps 2 must be at least 1 and"),
+        ({"demands": [demand([choice(step_seconds=0.0)])]}, "edge e1: step_seconds 0.0 must be finite and above 0"),
+        ({"demands": [demand([choice(memory_bytes=-1.0)])]}, "edge e1: memory_bytes -1.0 must be finite and"),
+        ({"demands": [demand([choice(batch=0)])]}, "edge e1: batch 0 must be at least 1"),
+        ({"demands": [demand([choice(depth=0)])]}, "edge e1: depth 0 must be at least 1, or None"),
+    ],
+)  # fmt: skip
+def test_bad_input(changes: dict[str, Any], message: str) -> None:
+    given = {"keys": [A, B], "demands": [demand([choice()])], "scores": np.ones(2), "deadline_seconds": 10.0}
+    with pytest.raises(ValueError, match=message):
+        plan(**{**given, **changes})
+
+
+def test_a_tolerance_that_no_solver_keeps_is_refused() -> None:
+    with pytest.raises(ValueError, match="tolerance 0 must be at least 1e-8"):
+        exact([A, B], demand([choice()]), np.ones(2), 10.0, tolerance=0)
+
+
+def test_planning_imports_neither_torch_nor_scipy() -> None:
+    code = "import sys, fedpipe_ray.planning; print({'torch', 'scipy', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+Instance = tuple[list[Key], Demand, np.ndarray[Any, Any], float, float, str]
+
+
+@st.composite
+def instances(draw: st.DrawFn, most: int = 3) -> Instance:
+    """Tiny and odd ones with room for one weight at rank 1: keys that are equal or cost nothing, limits that bind."""
+    keys = [Key(f"k{n}", draw(st.sampled_from("qv")), n // 2, 8, 8) for n in range(draw(st.integers(1, most)))]
+
+    def costs(most: int, scale: float) -> np.ndarray[Any, Any]:
+        return np.array([draw(st.integers(0, most)) * scale for _ in keys])
+
+    choices = [
+        Choice(
+            draw(st.sampled_from([4, 8, 16])), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([None, 1])),
+            draw(st.integers(1, 8)) / 4, costs(3, 0.0625), costs(2, 0.125),
+            draw(st.integers(0, 30)), costs(4, 1.0), costs(9, 1.0),
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    ]  # fmt: skip
+    least = min(c.memory_bytes + c.memory_bytes_rank[-1] + c.memory_bytes_key[-1] for c in choices)  # the top layer
+    capacity = max(1.0, least) + draw(st.one_of(st.integers(0, 120), st.just(math.inf)))
+    edge = demand(
+        choices, capacity_bytes=float(capacity), fixed_seconds=draw(st.integers(0, 4)) / 2,
+        transfer_seconds_rank=costs(8, 0.25), steps=draw(st.integers(1, 12)), batch=draw(st.sampled_from([None, 4])),
+    )  # fmt: skip
+    scores = np.array([draw(st.integers(0, 8)) / 4 for _ in keys])
+    lam = draw(st.sampled_from([0.0, 0.5, 2.0, 8.0, 32.0]))
+    return keys, edge, scores, draw(st.integers(1, 60)) / 2, lam, draw(st.sampled_from(sorted(GAINS)))
+
+
+def values(given: Instance, ranks_of: Sequence[int] = RANKS) -> dict[tuple[int, ...], float]:
+    """The value of every solution that fits, (choice, rank of each key), written down once more and apart."""
+    keys, edge, scores, deadline, lam, gain = given
+    found = {}
+    for q, c in enumerate(edge.choices):
+        top = max(key.layer for key in keys)
+        open_to = [ranks_of if c.depth is None or key.layer > top - c.depth else (0,) for key in keys]
+        steps = -(-edge.steps * (edge.batch or c.batch) // c.batch)
+        for ranks in itertools.product(*open_to):
+            step, sent, held = c.step_seconds, edge.fixed_seconds, c.memory_bytes
+            worth = 0.0
+            for m, rank in enumerate(ranks):
+                step += c.step_seconds_rank[m] * rank + c.step_seconds_key[m] * (rank > 0)
+                held += c.memory_bytes_rank[m] * rank + c.memory_bytes_key[m] * (rank > 0)
+                sent += edge.transfer_seconds_rank[m] * rank
+                worth += scores[m] * (math.log2(1 + rank) if gain == "log2" else math.sqrt(rank))
+            if any(ranks) and held <= edge.capacity_bytes:
+                found[q, *ranks] = worth - lam * max(0, 1 - deadline / (sent + steps * step))
+    return found
+
+
+def scale(given: Instance) -> float:
+    return float(given[2].sum() * GAINS[given[5]](np.array([32.0]))[0] + given[4])
+
+
+@hypothesis_settings(max_examples=100)
+@given(instances())
+def test_brute_force_finds_nothing_better_than_exact(given: Instance) -> None:
+    found = exact(*given, tolerance=1e-6)
+    assert found.value == pytest.approx(max(values(given).values()), abs=2e-6 * scale(given))
+
+
+@hypothesis_settings(max_examples=80)
+@given(instances(most=6))
+def test_no_plan_breaks_its_own_account(given: Instance) -> None:
+    """Value, memory and seconds are those of the ranks; capacity holds; exact >= greedy >= every uniform rank."""
+    keys, edge, scores, deadline, lam, gain = given
+    solved = {"exact": exact(*given), "greedy": greedy(*given), "best": best(*given[:4], lam=lam, gain=gain)}
+    for found in solved.values():
+        assert found.memory_bytes <= edge.capacity_bytes
+        assert found.ranks
+        assert set(found.ranks.values()) <= set(RANKS[1:])
+        assert list(found.ranks) == [key.name for key in keys if key.name in found.ranks]
+        held, seconds, worth = [], [], -lam * found.under_training
+        for c in edge.choices:
+            if (c.bits, c.batch, c.depth) == (found.bits, found.batch, found.depth):
+                ranks = np.array([found.ranks.get(key.name, 0) for key in keys])
+                held.append(c.memory_bytes + c.memory_bytes_rank @ ranks + c.memory_bytes_key @ (ranks > 0))
+                step = c.step_seconds + c.step_seconds_rank @ ranks + c.step_seconds_key @ (ranks > 0)
+                seconds.append(edge.fixed_seconds + edge.transfer_seconds_rank @ ranks + found.steps * step)
+                worth_of = float(scores @ GAINS[gain](ranks.astype(float)))
+        assert found.memory_bytes in held
+        assert any(found.seconds == pytest.approx(one) for one in seconds)
+        assert found.under_training == pytest.approx(max(0, 1 - deadline / found.planned_seconds))
+        assert found.value == pytest.approx(worth_of + worth)
+    slack = 1e-8 * scale(given)
+    assert solved["exact"].value >= solved["greedy"].value - slack
+    try:
+        assert solved["greedy"].value >= uniform(*given).value - slack
+    except ValueError:
+        assert not any(values((keys, edge, scores, deadline, lam, gain), (1,)))
+
+
+@hypothesis_settings(max_examples=40)
+@given(instances(most=6), st.integers(1, 100))
+def test_more_memory_never_lowers_the_exact_value(given: Instance, more: int) -> None:
+    keys, edge, *rest = given
+    roomier = replace(edge, capacity_bytes=edge.capacity_bytes + more)
+    slack = 1.1e-6 * scale(given)
+    assert exact(keys, roomier, *rest, tolerance=1e-6).value >= exact(*given, tolerance=1e-6).value - slack
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tied", [False, True])
+def test_greedy_is_within_a_percent_of_exact(seed: int, tied: bool) -> None:
+    """Of what the weights of the exact plan are worth; 8 edges, 28 weights of a Llama-like model, 6 choices."""
+    rng = np.random.default_rng([seed, tied])
+    keys = [Key(f"{n}.{kind}", kind, n, 512, out) for n in range(4) for kind, out in
+            zip(("q", "k", "v", "o", "gate", "up", "down"), (512, 128, 128, 512, 1408, 1408, 1408))]  # fmt: skip
+    size = np.array([key.d_in + key.d_out for key in keys], float)
+    for _ in range(8):
+        rate, link = np.exp(rng.uniform(0, np.log(8), 2))
+        choices = [
+            choice(
+                28, bits=bits, batch=batch, step_seconds=(0.05 + batch / 8) / rate,
+                step_seconds_rank=batch * 1e-7 * size / rate, step_seconds_key=1e-4 / rate,
+                memory_bytes=bits * 2e6 + batch * 1e6, memory_bytes_rank=16 * size, memory_bytes_key=batch * 1e4,
+            )
+            for bits in (4, 16) for batch in (2, 4, 8)
+        ]  # fmt: skip
+        edge = demand(
+            choices, capacity_bytes=1e7 * np.exp(rng.uniform(0.2, 1.6)), transfer_seconds_rank=size * 5e-6 / link,
+            steps=int(rng.integers(5, 30)), batch=8,
+        )  # fmt: skip
+        scores = np.tile(rng.lognormal(size=7), 4) if tied else rng.lognormal(size=28)
+        given = (keys, edge, scores / scores.sum(), 4.0, float(rng.choice([1, 5, 20])))
+        most, quick = exact(*given), greedy(*given)
+        assert most.value - quick.value <= 0.01 * (most.value + given[4] * most.under_training)
