@@ -80,6 +80,7 @@ def main() -> None:
                 "worst": max(seconds[name]), "CPU seconds": median(cpu[name]),
                 "target": {"greedy": "1", "exact": "30"}.get(name, ""),
                 "below exact %, mean": mean(gaps[name]), "most": max(gaps[name]),
+                "edges over 1 %": sum(gap > 1 for gap in gaps[name]),
             }
             for name in seconds
         ]  # fmt: skip

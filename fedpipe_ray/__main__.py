@@ -89,9 +89,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 every edge lost, 128 + signal when stopped."""
     options = parse(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that wait for one another soon sleep, not spin: meant for busy machines, its gain there is not settled
-    # (benchmarks/LOG.md). Read when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         siblings()
         return int(COMMANDS[options.command](options) or 0)
@@ -289,8 +286,7 @@ def command_export(options: argparse.Namespace) -> None:
     display = Display()
     set_up_logging(display, None)
     clean_up_on_sigterm()
-    export_run(options.folder, options.out, options.merge)
-    what = "merged model" if options.merge else "adapter"
+    what = export_run(options.folder, options.out, options.merge)
     display.note(f"wrote the {what} to {options.out}")
 
 

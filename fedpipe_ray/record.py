@@ -235,6 +235,7 @@ def round_record(done: Round) -> dict[str, Any]:
         "evaluate_seconds": done.evaluate_seconds,
         "virtual_seconds": done.virtual_seconds,
         "slowest_edge": slowest.edge if slowest else None,
+        "method": {name: value for name, value in done.state.numbers.items() if "/" not in name},
         "edges": edges,
     }
 

@@ -103,8 +103,8 @@ def on_source(model: Any, base: Base, run: Run, source: str, classes: Sequence[s
     return before, measured(model)
 
 
-def export_run(path: Path, out: Path, merge: bool) -> None:
-    """Writes a run's adapter, or the merged model with its tokenizer, to a new folder; a whole model in both cases.
+def export_run(path: Path, out: Path, merge: bool) -> str:
+    """Writes a run's adapter, or with `merge` a plain model with its tokenizer, to a new folder; says which it was.
 
     A merged model has the architecture and parameter count of the base. Raises UserError.
     """
@@ -116,9 +116,10 @@ def export_run(path: Path, out: Path, merge: bool) -> None:
         weights = first_view(site, state)
         if not merge:
             weights.save(aside, site)
-            return
+            return weights.folder
         weights.merged(site.base).save_pretrained(aside)
         site.base.tokenizer.save_pretrained(aside)
+    return "merged model"
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def test_names_of_edges_that_begin_alike_do_not_mix() -> None:
 
 @pytest.mark.parametrize(("share", "steps"), [(0.1, 3), (0.2, 3), (0.3, 10), (0.4, 20), (0.9, 20)])
 def test_large_or_rare_data_are_protected(share: float, steps: int) -> None:
-    """Five edges, 20 steps planned: a fair share is 0.2; at 0.3 half of them, 20 x (0.3 x 5 - 1) = 10; twice it: all."""
+    """Five edges, 20 steps planned: a fair share is 0.2; at 0.3 half: 20 x (0.3 x 5 - 1) = 10; at twice it all."""
     assert protected(20, share, 5) == steps
 
 

@@ -270,6 +270,20 @@ def test_search_deadline_by_hand() -> None:
     assert [one.steps for one in found.values()] == [6, 24]
 
 
+@pytest.mark.parametrize("solver", ["best", "greedy"])
+def test_search_deadline_among_plans(solver: str) -> None:
+    """Steps of 1 s and 8 s after 2 s, 10 planned, 20 at most: 12 and 82 planned seconds, of which 7 points.
+
+    Samples a second: by 12 s 11 / 12, by 16.5 s 15 / 16, by 22.8 s 22 / 22, by 31.2 s 23 / 26, then less.
+    """
+    edges = [
+        demand([choice(step_seconds=s)], edge=f"e{s}", fixed_seconds=2.0, min_steps=1, max_steps=20) for s in (1.0, 8.0)
+    ]
+    deadline, plans = search_deadline(lambda deadline: plan([A, B], edges, np.ones(2), deadline, solver), points=7)
+    assert deadline == pytest.approx(12 * (82 / 12) ** (2 / 6))
+    assert [one.steps for one in plans.values()] == [20, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
