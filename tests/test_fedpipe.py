@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.loop import federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
-from fedpipe_ray.methods.fedpipe import TAIL, FedPipe, correct, misfit, names_of, whole_of
+from fedpipe_ray.methods.fedpipe import FedPipe, correct
+from fedpipe_ray.partial import TAIL, joined, misfit, names_of, whole_of
 from fedpipe_ray.probe import ranks_of
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.record import RunFolder
@@ -28,6 +30,7 @@ from fedpipe_ray.site import Site
 
 TOKENS = torch.tensor([[3, 9, 17, 5, 10], [4, 4, 11, 12, 8]])  # [rows, length]
 FEDPIPE = "method={name: fedpipe, rank: 8, alpha: 16%s}"
+STACK: dict[str, Any] = {"join": "stack", "weigh": "equal", "rank": 8}
 UNEVEN = "fleet.edges.c.uplink_bps=20kbit/s"  # so slow that its rank must be low
 
 
@@ -86,10 +89,10 @@ def test_unchanged_updates_change_nothing_and_one_edge_counts_alone(run_file: Pa
     """G + sum p_i (B_i A_i - B_i0 A_i0): with one edge of full rank the next global product is that edge's own."""
     _, method, _, server = made(run_file)
     state = random_state(method, server)
-    same, lost = method.joined(state, {"a": Message(state.tensors)}, {"a": 1.0})
+    same, lost = joined(state.tensors, {"a": Message(state.tensors)}, {"a": 1.0}, **STACK)
     draw = torch.Generator().manual_seed(2)
     other = {name: torch.randn(t.shape, generator=draw) for name, t in state.tensors.items()}
-    own, _ = method.joined(state, {"a": Message(other)}, {"a": 1.0})
+    own, _ = joined(state.tensors, {"a": Message(other)}, {"a": 1.0}, **STACK)
     assert lost < 1e-6
     for module in {lora.module_of(name) for name in state.tensors}:
         name_a, name_b = names_of(module)
@@ -103,7 +106,7 @@ def test_a_weight_that_nobody_trained_stays(run_file: Path) -> None:
     state = random_state(method, server)
     module = lora.module_of(next(iter(state.tensors)))
     part = {name: torch.zeros_like(state.tensors[name]) for name in names_of(module)}
-    after, _ = method.joined(state, {"a": Message(part)}, {"a": 1.0})
+    after, _ = joined(state.tensors, {"a": Message(part)}, {"a": 1.0}, **STACK)
     changed = {lora.module_of(name) for name in after if not torch.equal(after[name], state.tensors[name])}
     assert changed == {module}
 

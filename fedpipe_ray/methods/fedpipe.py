@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from fedpipe_ray import importance, lora, planning, stacking
+from fedpipe_ray import importance, lora, planning
 from fedpipe_ray.demands import Shape, demand_of, shape_of
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import Facts, facts_here, facts_of, learn, protected, smoothed
 from fedpipe_ray.message import Message
+from fedpipe_ray.partial import TAIL, Join, joined, misfit, part_of, whole_of
 from fedpipe_ray.planning import EdgePlan
 from fedpipe_ray.probe import probe, ranks_of
 from fedpipe_ray.randomness import rng_for
@@ -36,7 +37,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import steps_of
 
-from .base import LoraMethod, arrivals, is_finite
+from .base import LoraMethod, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.fleet import Fleet
@@ -50,7 +51,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "best": {"score": "gradient", "tie": "kind", "solver": "best", "steps": "filled", "weigh": "equal"},
     "paper": {"score": "svd", "tie": "none", "solver": "greedy", "steps": "equal", "weigh": "paper"},
 }
-TAIL = "tail."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class FedPipe(LoraMethod):
     penalty: float = 1.0
     step_ratio: float = 8.0
     depth: bool = False
-    join: Literal["stack", "truncate", "pad", "increment"] = "stack"
+    join: Join = "stack"
 
     def __post_init__(self) -> None:
         super().__post_init__() if self.targets is not None else None
@@ -168,9 +168,10 @@ class FedPipe(LoraMethod):
         """What `configure` gives once every edge has told its facts and scores; nothing is trained."""
         state = self.start(server, rng_for(server.run.seed, 0, "start"))
         _, first = self.configure(state, fleet.edges, server)
-        shape, spec = self.shape(server), self.spec(server)
         orders = {
-            edge: Message(self.parts(state, {}, found, shape, spec), {**numbers_of(found), "score": 1.0, "survey": 1.0})
+            edge: Message(
+                part_of(state.tensors, found.ranks, "stack", {}), {**numbers_of(found), "score": 1.0, "survey": 1.0}
+            )
             for edge, found in first.items()
         }
         numbers: dict[str, float] = {}
@@ -201,7 +202,6 @@ class FedPipe(LoraMethod):
         self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
     ) -> dict[str, Message]:
         """Each edge's leading triplets to train, what acts frozen beside them, and its bits, batch and steps."""
-        shape, spec = self.shape(server), self.spec(server)
         _, plans = self.configure(state, edges, server)
         fresh: dict[str, torch.Tensor] = {}
         if self.join == "increment":
@@ -210,29 +210,11 @@ class FedPipe(LoraMethod):
         score = float(round % self.refresh_every == 0)
         return {
             edge: Message(
-                self.parts(state, fresh, found, shape, spec),
+                part_of(state.tensors, found.ranks, self.join, fresh),
                 {**numbers_of(found), "score": score},
             )
             for edge, found in plans.items()
         }
-
-    def parts(
-        self, state: Message, fresh: Mapping[str, torch.Tensor], found: EdgePlan, shape: Shape, spec: lora.LoraSpec
-    ) -> dict[str, torch.Tensor]:
-        """The tensors of an order: heads, factors to train by their key, frozen ones under `tail.`."""
-        tensors = {name: tensor for name, tensor in state.tensors.items() if ".lora_" not in name}
-        for key in shape.keys:
-            rank = found.ranks.get(key.name, 0)
-            name_a, name_b = names_of(key.name)
-            b, a = state.tensors[name_b], state.tensors[name_a]  # [d_out, R], [R, d_in]
-            own, rest = stacking.leading(b, a, rank), stacking.tail(b, a, rank)
-            if self.join == "increment":
-                own, rest = stacking.leading(fresh[name_b], fresh[name_a], rank), (b, a)
-            if rank:
-                tensors[name_b], tensors[name_a] = own
-            if self.join in ("stack", "increment") and rest[0].any():
-                tensors[TAIL + name_b], tensors[TAIL + name_a] = rest
-        return tensors
 
     # -- on the edge
 
@@ -283,49 +265,8 @@ class FedPipe(LoraMethod):
             learn(report.edge, message.numbers, numbers)
         if not updates:
             return Message(state.tensors, numbers)
-        tensors, lost = self.joined(state, updates, samples)
+        tensors, lost = joined(state.tensors, updates, samples, join=self.join, weigh=self.of("weigh"), rank=self.rank)
         return Message(tensors, {**numbers, "residual": lost})
-
-    def joined(
-        self, state: Message, updates: Mapping[str, Message], samples: Mapping[str, float]
-    ) -> tuple[dict[str, torch.Tensor], float]:
-        """(the next global tensors, ||applied - exact|| / ||exact|| over all keys), from the edges' trained factors."""
-        tensors = dict(state.tensors)
-        lost = whole = 0.0
-        for name_a in (name for name in state.tensors if ".lora_A." in name):
-            name_b = name_a.replace(".lora_A.", ".lora_B.")
-            trained = [edge for edge, message in updates.items() if name_a in message.tensors]
-            if not trained:
-                continue
-            shares = stacking.share_of(samples, self.of("weigh"), trained)
-            pairs = [(updates[edge].tensors[name_b], updates[edge].tensors[name_a]) for edge in trained]
-            found = (state.tensors[name_b], state.tensors[name_a])  # [d_out, R], [R, d_in]
-            weights = [shares[edge] for edge in trained]
-            if self.join == "pad":
-                tensors[name_b], tensors[name_a] = stacking.pad(pairs, weights, self.rank)
-                exact = stacking.concatenate(pairs, weights)
-                size = stacking.frobenius(*exact)
-                gap = stacking.residual_norm([(tensors[name_b], tensors[name_a])], [exact]) * size if size else 0.0
-            else:
-                if self.join == "stack":
-                    changes = [(pair, stacking.leading(*found, len(pair[1]))) for pair in pairs]
-                    cut = stacking.stack(found, changes, weights, self.rank)
-                elif self.join == "increment":
-                    cut = stacking.increment(found, pairs, weights, self.rank)
-                else:
-                    cut = stacking.truncate(pairs, weights, self.rank, fill=found[1])
-                tensors[name_b], tensors[name_a] = cut.b, cut.a
-                gap, size = cut.residual, math.hypot(float(cut.singular.norm()), cut.residual)
-            lost, whole = math.hypot(lost, gap), math.hypot(whole, size)
-        for name in (name for name in state.tensors if ".lora_" not in name):  # a classifier's head
-            shares = stacking.share_of(samples, self.of("weigh"))
-            tensors[name] = sum((shares[e] * message.tensors[name] for e, message in updates.items()), torch.zeros(()))
-        return tensors, lost / whole if whole else 0.0
-
-
-def names_of(module: str) -> tuple[str, str]:
-    """The PEFT keys of a module's factors: (A, B)."""
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
 def correct(lost: Lost, profile: Profile, numbers: dict[str, float]) -> None:
@@ -340,36 +281,3 @@ def correct(lost: Lost, profile: Profile, numbers: dict[str, float]) -> None:
 def numbers_of(found: EdgePlan) -> dict[str, float]:
     """A plan's scalars, as an order carries them."""
     return {"bits": found.bits, "batch": found.batch, "steps": found.steps}
-
-
-def whole_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The factors that act together: what an order has to train, and its tail behind it."""
-    whole = {name: tensor for name, tensor in tensors.items() if ".lora_" in name and not name.startswith(TAIL)}
-    for name, rest in ((n.removeprefix(TAIL), t) for n, t in tensors.items() if n.startswith(TAIL)):
-        along = 0 if ".lora_A." in name else 1
-        whole[name] = torch.cat([whole[name], rest], dim=along) if name in whole else rest
-    return whole
-
-
-def misfit(message: Message, state: Mapping[str, torch.Tensor]) -> str | None:
-    """Why an update cannot be joined with the global adapter: it is not a part of it, of lower rank; None if it can."""
-    heads = {name for name in state if ".lora_" not in name}
-    strange = sorted((message.tensors.keys() - state.keys()) | (heads - message.tensors.keys()))
-    if strange:
-        return f"its update and the global adapter differ in {len(strange)} tensors, the first {strange[0]}"
-    for name, tensor in message.tensors.items():
-        along = 0 if ".lora_A." in name else 1
-        other = name.replace(".lora_A.", ".lora_B.") if along == 0 else name.replace(".lora_B.", ".lora_A.")
-        if ".lora_" not in name:
-            fits = tensor.shape == state[name].shape
-        else:
-            pair = message.tensors.get(other)
-            fits = (
-                pair is not None and tensor.ndim == 2 and tensor.shape[1 - along] == state[name].shape[1 - along]
-                and tensor.shape[along] == pair.shape[1 - along] <= state[name].shape[along]
-            )  # fmt: skip
-        if not fits:
-            return f"its update has {name} in shape {list(tensor.shape)}, the global adapter {list(state[name].shape)}"
-        if not is_finite(tensor):
-            return f"its update has NaN or infinity in {name}"
-    return None
