@@ -187,7 +187,7 @@ def demand_of(
     fixed = 2 * profile.latency_seconds + 8 * sent * rank * float(width.sum()) / profile.downlink_bps
     return Demand(
         edge, choices, profile.training_memory_bytes or math.inf, fixed, 8 * sent * width / profile.uplink_bps,
-        facts.rows, steps, min_steps, max_steps, batch,
+        facts.rows, steps, min_steps, max_steps, batch, rank,
     )  # fmt: skip
 
 

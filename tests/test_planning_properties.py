@@ -51,6 +51,7 @@ def instances(draw: st.DrawFn, most: int = 3) -> Instance:
     edge = demand(
         choices, capacity_bytes=float(capacity), fixed_seconds=draw(st.integers(0, 4)) / 2,
         transfer_seconds_rank=costs(8, 0.25), steps=draw(st.integers(1, 12)), batch=draw(st.sampled_from([None, 4])),
+        max_rank=draw(st.sampled_from([2, 32])),
     )  # fmt: skip
     scores = np.array([draw(st.integers(0, 8)) / 4 for _ in keys])
     lam = draw(st.sampled_from([0.0, 0.5, 2.0, 8.0, 32.0]))
@@ -63,6 +64,7 @@ def values(given: Instance, ranks_of: Sequence[int] = RANKS) -> dict[tuple[int, 
     found = {}
     for q, c in enumerate(edge.choices):
         top = max(key.layer for key in keys)
+        ranks_of = [rank for rank in ranks_of if rank <= edge.max_rank]
         open_to = [ranks_of if c.depth is None or key.layer > top - c.depth else (0,) for key in keys]
         steps = -(-edge.steps * (edge.batch or c.batch) // c.batch)
         for ranks in itertools.product(*open_to):

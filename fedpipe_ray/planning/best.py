@@ -62,12 +62,12 @@ def _widest(edge: Problem, q: int, scores: Array, budget: float, min_rank: int) 
     for n in range(len(kinds)):
         mask = np.any([of[k] for k in kinds[n:]], axis=0)
         fits = [i for i in range(1, len(RANKS)) if memory[mask, i].sum() <= edge.room[q]]
-        level = max((i for i in fits if RANKS[i] * transfer[mask].sum() <= budget), default=0)
-        if RANKS[level] >= min_rank:
+        level = max((i for i in fits if edge.ranks[i] * transfer[mask].sum() <= budget), default=0)
+        if int(edge.ranks[level]) >= min_rank:
             break
     if level == 0 and memory[mask, 1].sum() <= edge.room[q]:
         level = 1
     elif level == 0:
         single = np.where(allowed & (memory[:, 1] <= edge.room[q]), scores / cost, -1)
         level, mask = 1, (np.arange(len(single)) == single.argmax()) & (single.max() >= 0)
-    return (min(RANKS[level], min_rank), int(mask.sum())), level * mask
+    return (min(int(edge.ranks[level]), min_rank), int(mask.sum())), level * mask

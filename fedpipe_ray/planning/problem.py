@@ -56,6 +56,7 @@ class Demand:
 
     steps: planned ones. With `batch` they are batches of that size, and a smaller batch plans more of them for the same
     samples; without, they hold for every choice. rows is for tables. min_steps and max_steps bound what a mode does.
+    max_rank: the largest that counts.
     """
 
     edge: str
@@ -68,6 +69,7 @@ class Demand:
     min_steps: int
     max_steps: int
     batch: int | None = None
+    max_rank: int = RANKS[-1]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Problem:
     ) -> None:
         _check(keys, demand, scores, deadline_seconds, lam, gain)
         self.keys, self.demand, self.deadline, self.lam = keys, demand, deadline_seconds, lam
-        choices, rank = demand.choices, np.array(RANKS, float)
+        self.ranks = np.minimum(RANKS, demand.max_rank)  # those above are one and the same
+        choices, rank = demand.choices, self.ranks.astype(float)
         self.planned = np.array([math.ceil(demand.steps * (demand.batch or c.batch) / c.batch) for c in choices])
         self.start = demand.fixed_seconds + self.planned * np.array([c.step_seconds for c in choices])
         self.room = np.floor(demand.capacity_bytes) - np.ceil([c.memory_bytes for c in choices])
@@ -167,7 +170,7 @@ class Problem:
 
     def round_seconds(self, found: Found) -> tuple[float, float]:
         """Seconds of a round beside its steps, and of a step."""
-        of, rank = self.demand.choices[found.choice], np.array(RANKS)[found.picks]
+        of, rank = self.demand.choices[found.choice], self.ranks[found.picks]
         step = of.step_seconds + float(of.step_seconds_rank @ rank + of.step_seconds_key @ (rank > 0))
         return self.demand.fixed_seconds + float(self.demand.transfer_seconds_rank @ rank), step
 
@@ -183,7 +186,7 @@ class Problem:
             batch=of.batch,
             depth=of.depth,
             steps=steps,
-            ranks={key.name: int(r) for key, r in zip(self.keys, np.array(RANKS)[found.picks], strict=True) if r},
+            ranks={key.name: int(r) for key, r in zip(self.keys, self.ranks[found.picks], strict=True) if r},
             seconds=other + steps * step,
             planned_seconds=other + planned * step,
             memory_bytes=math.ceil(of.memory_bytes) + self.total(self.memory, found.choice, found.picks),
