@@ -154,20 +154,20 @@ def main() -> None:
     """Runs what is asked; publishes after every task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="docstrings, one seed, four arms, no tuning of the rate")
-    parser.add_argument("--tasks", default=",".join(TASKS))
-    parser.add_argument("--arms", default=",".join(ARMS))
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rounds", type=int, default=8, help="of the synchronous arm")
+    parser.add_argument("--tasks", help="default: all")
+    parser.add_argument("--arms", help="default: all")
+    parser.add_argument("--seeds", help="default: 0,1,2")
+    parser.add_argument("--rounds", type=int, help="of the synchronous arm; default 8, quick 3")
     parser.add_argument("--rows", type=int, default=200, help="validation rows an edge")
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     options.data = options.data.resolve()
-    options.tasks, options.arms = options.tasks.split(","), options.arms.split(",")
-    options.seeds = [int(seed) for seed in options.seeds.split(",")]
-    if options.quick:
-        options.tasks, options.seeds, options.rounds = ["docstrings"], [0], 3
-        options.arms = ["synchronous", "capped", "filled", "fedpipe best"]
+    few = ["synchronous", "capped", "filled", "fedpipe best"]
+    options.tasks = options.tasks.split(",") if options.tasks else ["docstrings"] if options.quick else list(TASKS)
+    options.arms = options.arms.split(",") if options.arms else few if options.quick else list(ARMS)
+    options.seeds = [int(seed) for seed in (options.seeds or ("0" if options.quick else "0,1,2")).split(",")]
+    options.rounds = options.rounds or (3 if options.quick else 8)
     rows: list[dict[str, Any]] = []
     for task in options.tasks:
         rows += compare(task, options)
