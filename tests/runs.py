@@ -78,6 +78,7 @@ def fedpipe(
 def here(*arguments: object) -> int:
     """The command line in this process, which is faster; its exit code. Signals are handled as before afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in a shell's background
     try:
         return main([str(argument) for argument in arguments])
     finally:
