@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import (
@@ -103,6 +103,9 @@ class Base:
         lacking = sorted(name for name in found["missing_keys"] if name.startswith(head))
         if lacking:
             _warn_of_random_weights(settings.name, ", ".join(lacking[:4]))
+        for part in model.modules():
+            if hasattr(part, "support_avx512bf16_for_cpu"):  # or the first evaluation there repacks 4-bit weights for
+                part.support_avx512bf16_for_cpu = False  # inference: other constants, and not for every shape
         return cls(model, load_tokenizer(settings), device, bits)
 
     def writable(self) -> Any:
