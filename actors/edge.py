@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fedpipe_ray.data import Facts
+from fedpipe_ray.data import SourceFacts
 from fedpipe_ray.evaluate import Metrics
 from fedpipe_ray.fleet import Refused, guarded
 from fedpipe_ray.message import Message
@@ -34,7 +34,7 @@ class EdgeActor:
         run = self.site.run
         return Base.load(run.model, run.data.task, classes, run.seed, self.parcel, bits)
 
-    def inspect(self) -> Facts | Refused:
+    def inspect(self) -> SourceFacts | Refused:
         """Whether this edge's source can be read, and its labels."""
         return guarded(self.site.name, self.site.inspect)
 

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from fedpipe_ray.data import Facts
+from fedpipe_ray.data import SourceFacts
 from fedpipe_ray.errors import EdgeError, UserError
 from fedpipe_ray.evaluate import Metrics
 from fedpipe_ray.fleet import Refused, accepted, classes_of
@@ -63,7 +63,7 @@ class RayFleet:
         for name in self.edges:
             self._start(name)
         if self.method.base != "none":
-            facts: list[Facts] = accepted(self._ask_all("inspect"))
+            facts: list[SourceFacts] = accepted(self._ask_all("inspect"))
             self.classes = classes_of(self.run_settings, facts)
             self._load_parcel()
         ready: list[Ready] = accepted(self._ask_all("prepare", self.classes, *self.parcel))

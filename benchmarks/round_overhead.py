@@ -15,6 +15,7 @@ from statistics import median, quantiles
 from benchmarks.empty import settings
 from benchmarks.table import publish
 from fedpipe_ray.config import build
+from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.record import Checkpoint, RunFolder, round_record
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
@@ -44,7 +45,7 @@ def main() -> None:
             server = server_site(run, method, [])
             with tempfile.TemporaryDirectory() as place:
                 folder = RunFolder.create(Path(place) / "run", run)
-                point = Checkpoint(Start(method.start(server, None)), "", {})  # type: ignore[arg-type]
+                point = Checkpoint(Start(method.start(server, rng_for(0, 0, "start"))), "", {})
                 seconds, saving = [], []
                 began = time.perf_counter()
                 for done in federate(method, fleet, server, rounds=ROUNDS, seed=0, evaluate_every=0):

@@ -31,10 +31,11 @@ def parser() -> argparse.ArgumentParser:
         prog="fedpipe", description="Federated fine-tuning of language models over unequal edge servers."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run_file = argparse.ArgumentParser(add_help=False)
+    run_file.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    run_file.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ, such as local.lr=1e-3")
 
-    run = commands.add_parser("run", help="run a configuration, from base model to adapter")
-    run.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ, such as local.lr=1e-3")
+    run = commands.add_parser("run", parents=[run_file], help="run a configuration, from base model to adapter")
     run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
 
     resume = commands.add_parser("resume", help="go on with a run that was stopped, or extend a finished one")
@@ -60,16 +61,12 @@ def parser() -> argparse.ArgumentParser:
         "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
     )
 
-    plan = commands.add_parser("plan", help="weights, ranks, batch, bits and steps of every edge, without training")
-    plan.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ")
+    plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument("--out", type=Path, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
     commands.add_parser("methods", help="list the methods and their settings")
 
-    check = commands.add_parser("check", help="check everything that can be checked without training")
-    check.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    check.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ")
+    commands.add_parser("check", parents=[run_file], help="check everything that can be checked without training")
     return top
 
 

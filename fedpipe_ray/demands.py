@@ -186,7 +186,7 @@ def demand_of(
             choices += [_choice(shape, facts, profile, width, rank, q, b, depth, correction) for depth in depths]
     fixed = 2 * profile.latency_seconds + 8 * sent * rank * float(width.sum()) / profile.downlink_bps
     return Demand(
-        edge, choices, profile.training_memory_bytes or math.inf, fixed, 8 * sent * width / profile.uplink_bps,
+        edge, choices, profile.capacity_bytes, fixed, 8 * sent * width / profile.uplink_bps,
         facts.rows, steps, min_steps, max_steps, batch, rank,
     )  # fmt: skip
 

@@ -122,17 +122,10 @@ class Display:
 
     def _edges(self, fleet: Fleet) -> Table:
         table = Table(box=None, pad_edge=False)
-        for name, justify in (
-            ("edge", "left"),
-            ("data", "left"),
-            ("status", "left"),
-            ("step", "right"),
-            ("loss", "right"),
-            ("tokens/s", "right"),
-            ("memory", "right"),
-        ):
+        for name in ("edge", "data", "status", "step", "loss", "tokens/s", "memory"):
+            words = name in ("edge", "data", "status")
             # Names give way, figures do not.
-            table.add_column(name, justify=justify, no_wrap=name not in ("edge", "data"))  # type: ignore[arg-type]
+            table.add_column(name, justify="left" if words else "right", no_wrap=name not in ("edge", "data"))
         for name, now in fleet.progress().items():
             table.add_row(
                 name, self.sources.get(name, ""), now.status, f"{now.step}/{now.steps}" if now.steps else "",
@@ -222,12 +215,10 @@ def plan_table(deadline: float, plans: Mapping[str, EdgePlan]) -> Table:
     """What each edge is given. weights: how many are adapted, and of which kinds; seconds: of a round, virtual."""
     title = f"plan: rounds of at most {deadline:.3g} virtual seconds"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for name, justify in (
-        ("edge", "left"), ("bits", "right"), ("batch", "right"), ("steps", "right"), ("ranks", "right"),
-        ("weights", "left"), ("seconds", "right"), ("MiB of", "right"), ("capacity", "right"),
-        ("under-trained", "right"),
+    for name in (
+        "edge", "bits", "batch", "steps", "ranks", "weights", "seconds", "MiB of", "capacity", "under-trained"
     ):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]  # a str to mypy
+        table.add_column(name, justify="left" if name in ("edge", "weights") else "right", overflow="fold")
     for edge, plan in plans.items():
         ranks = sorted(set(plan.ranks.values()))
         kinds = Counter(name.rpartition(".")[2] for name in plan.ranks)

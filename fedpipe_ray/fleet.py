@@ -6,10 +6,11 @@ import dataclasses
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from .data import Facts
+from .data import SourceFacts
 from .errors import EdgeError, UserError
 from .evaluate import Metrics
 from .message import Message
@@ -76,7 +77,7 @@ def accepted(answers: Sequence[T | Refused]) -> list[T]:
     return [answer for answer in answers if not isinstance(answer, Refused)]
 
 
-def classes_of(run: Run, facts: Sequence[Facts]) -> list[str]:
+def classes_of(run: Run, facts: Sequence[SourceFacts]) -> list[str]:
     """The class names of a classification run: data.labels, or all that the edges found, numbers in their order."""
     if run.data.task != "classification":
         return []
@@ -117,7 +118,7 @@ class SerialFleet:
         if any(site.method.base != "none" for site in sites):
             facts = accepted([guarded(site.name, site.inspect) for site in sites])
             self.classes = classes_of(self.run_settings, facts)
-        return accepted([guarded(site.name, lambda site=site: site.prepare(self.classes)) for site in sites])  # type: ignore[misc]
+        return accepted([guarded(site.name, partial(site.prepare, self.classes)) for site in sites])
 
     def run(self, orders: Mapping[str, Message], round: int) -> Iterator[Report | Lost]:
         """One edge after the other; an edge starts when the report before it was taken."""
@@ -132,16 +133,14 @@ class SerialFleet:
         """Metrics of a state on every edge's own rows."""
         results: dict[str, Metrics | Lost] = {}
         for name, site in self.sites.items():
-            found = guarded(name, lambda site=site: site.evaluate(state, split, answers))  # type: ignore[misc]
+            found = guarded(name, partial(site.evaluate, state, split, answers))
             results[name] = Lost(name, found.reason, found.traceback) if isinstance(found, Refused) else found
         return results
 
     def restore(self, round: int, private: Mapping[str, Mapping[str, str]]) -> None:
         """Has the edges take up the private states of a checkpoint. Raises EdgeError."""
-        accepted([
-            guarded(name, lambda site=self.sites[name], rest=rest: site.restore(round, **rest))  # type: ignore[misc]
-            for name, rest in private.items()
-        ])  # fmt: skip
+        sites = self.sites
+        accepted([guarded(name, partial(sites[name].restore, round, **rest)) for name, rest in private.items()])
 
     def progress(self) -> dict[str, Progress]:
         """What every edge is doing right now."""

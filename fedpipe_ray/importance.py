@@ -167,14 +167,6 @@ def tied(scores: Mapping[str, float], by: Tie, kinds: Mapping[str, str], layers:
     return {key: value / (total[layers[key]] or 1.0) for key, value in scores.items()}
 
 
-def per_cost(scores: Mapping[str, float], costs: Mapping[str, float]) -> dict[str, float]:
-    """Score by unit of cost, where candidates differ in size. Raises ValueError for a cost that is not above 0."""
-    for key in scores:
-        if not costs[key] > 0:
-            raise ValueError(f"cost of {key}: {costs[key]} must be above 0")
-    return {key: value / costs[key] for key, value in scores.items()}
-
-
 def mean_of_edges(scores: Mapping[str, Mapping[str, float]], samples: Mapping[str, float]) -> dict[str, float]:
     """Scope global: each key's mean over the edges that scored it, weighted by their samples; keys in sorted order.
 

@@ -18,7 +18,7 @@ from .facts import SCORE
 if TYPE_CHECKING:
     from .site import Site
 
-BATCHES = 2  # their gradients agree between edges with a rank correlation of .95
+BATCHES = 2  # a prototype saw rank correlations of .95-.97 between edges from one or two
 STEPS = 3
 
 

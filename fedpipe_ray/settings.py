@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -153,6 +154,11 @@ class Profile(Section):
     availability: float = 1.0
     data: str | dict[str, Any] = field(default_factory=dict)
     private_dir: str | None = None
+
+    @property
+    def capacity_bytes(self) -> float:
+        """What training may take: training_memory_bytes, else gpu_memory_bytes, else infinity."""
+        return self.training_memory_bytes or self.gpu_memory_bytes or math.inf
 
     def __post_init__(self) -> None:
         require(self.gpus >= 0 and self.cpus >= 0, f"gpus: {self.gpus} and cpus: {self.cpus} must not be negative")

@@ -17,7 +17,7 @@ import torch
 from . import lora
 from .config import edge_data
 from .costs import Cost, PeakMemory, training_flops, virtual_seconds
-from .data import EdgeData, Facts, inspect, open_data
+from .data import EdgeData, SourceFacts, inspect, open_data
 from .errors import DivergedError, UserError
 from .evaluate import Metrics, evaluate, generate
 from .message import Message
@@ -123,7 +123,7 @@ class Site:
         """The model with the adapter of `spec` on the meta device."""
         return lora.inject(self.bare(), spec)
 
-    def inspect(self) -> Facts:
+    def inspect(self) -> SourceFacts:
         """Whether this edge's source can be read at all, and which labels it holds. Raises UserError."""
         return inspect(self.settings, self._share, list(self.run.fleet.edges), self.run.seed)
 

@@ -8,7 +8,9 @@ import pytest
 from runs import here
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object, says: str = "", out: Path | None = None) -> str:
+def assert_refused(
+    capsys: pytest.CaptureFixture[str], *arguments: object, says: str = "", out: Path | None = None
+) -> str:
     """What the command line says when it refuses; with `out`, that folder must not exist afterwards.
 
     says: parts of the message, divided by ` ... `, in that order.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from refusals import refused
+from refusals import assert_refused
 from runs import ROOT, fedpipe
 
 Refuse = Callable[..., str]
@@ -23,7 +23,7 @@ def refuse(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -
     def check(says: str, *overrides: str, more: str = "") -> str:
         with run_file.open("a", encoding="latin-1") as file:
             file.write(more)
-        return refused(capsys, "run", run_file, *overrides, says=says, out=tmp_path / "out")
+        return assert_refused(capsys, "run", run_file, *overrides, says=says, out=tmp_path / "out")
 
     return check
 
@@ -54,15 +54,17 @@ def test_run_file(more: str, says: str, refuse: Refuse) -> None:
 @pytest.mark.parametrize("text", ["", "- rounds", "rounds"])
 def test_run_file_without_keys(text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text(text)
-    refused(capsys, "run", tmp_path / "odd.yaml", says="odd.yaml holds ... not key: value lines", out=tmp_path / "out")
+    assert_refused(
+        capsys, "run", tmp_path / "odd.yaml", says="odd.yaml holds ... not key: value lines", out=tmp_path / "out"
+    )
 
 
 def test_no_run_file(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> None:
     missing, out = tmp_path / "tinny.yaml", tmp_path / "out"
-    refused(capsys, "run", missing, says=f"no file {missing}; in that folder: {run_file}", out=out)
-    refused(capsys, "check", missing, says=f"no file {missing}; in that folder: {run_file}")
-    refused(capsys, "run", tmp_path, says=f"cannot read {tmp_path}: ... Is a directory", out=out)
-    refused(capsys, "run", run_file / "deeper.yaml", says="cannot read ... Not a directory", out=out)
+    assert_refused(capsys, "run", missing, says=f"no file {missing}; in that folder: {run_file}", out=out)
+    assert_refused(capsys, "check", missing, says=f"no file {missing}; in that folder: {run_file}")
+    assert_refused(capsys, "run", tmp_path, says=f"cannot read {tmp_path}: ... Is a directory", out=out)
+    assert_refused(capsys, "run", run_file / "deeper.yaml", says="cannot read ... Not a directory", out=out)
 
 
 @pytest.mark.parametrize(
@@ -177,16 +179,18 @@ def test_command_line(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_pa
         ([], "the following arguments are required: COMMAND"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            refused(capsys, *arguments)
+            assert_refused(capsys, *arguments)
         assert stopped.value.code == 2
         assert says in capsys.readouterr().err
 
 
 def test_check_refuses_as_run_does(capsys: pytest.CaptureFixture[str], run_file: Path) -> None:
-    refused(capsys, "check", run_file, "method.rnk=3", says="unknown key method.rnk; did you mean rank?")
-    refused(capsys, "check", run_file, "data.response='{anser}'", says="has no column 'anser'; ... 'answer'?")
-    refused(capsys, "check", run_file, "method.targets=[x]", says="method.targets: no module x; there are down_proj")
-    refused(capsys, "check", run_file, *CLASSES, "data.labels=[x, y]", says="has 'z'; data.labels has x, y")
+    assert_refused(capsys, "check", run_file, "method.rnk=3", says="unknown key method.rnk; did you mean rank?")
+    assert_refused(capsys, "check", run_file, "data.response='{anser}'", says="has no column 'anser'; ... 'answer'?")
+    assert_refused(
+        capsys, "check", run_file, "method.targets=[x]", says="method.targets: no module x; there are down_proj"
+    )
+    assert_refused(capsys, "check", run_file, *CLASSES, "data.labels=[x, y]", says="has 'z'; data.labels has x, y")
 
 
 # -- a program of its own
@@ -314,7 +318,7 @@ def test_out_is_taken(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_pa
         (file, f"{file} is a file; give a new folder with --out"),
         (run, f"{run} holds another run; `fedpipe resume {run}`, or give another folder with --out"),
     ):
-        refused(capsys, "run", run_file, "--out", out, says=says)
+        assert_refused(capsys, "run", run_file, "--out", out, says=says)
     assert [path.name for path in (*full.iterdir(), *run.iterdir())] == ["notes.txt", "config.yaml"]
     assert file.read_text() == "mine"
 
@@ -324,5 +328,5 @@ def test_out_cannot_be_written(place: str, capsys: pytest.CaptureFixture[str], r
     (tmp_path / "file").write_text("mine")
     out = Path(place.format(file=tmp_path / "file"))
     says = f"cannot write to {out}: ... give another folder with --out"
-    refused(capsys, "run", run_file, "--out", out, says=says)
+    assert_refused(capsys, "run", run_file, "--out", out, says=says)
     assert (tmp_path / "file").read_text() == "mine"

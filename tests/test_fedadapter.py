@@ -15,7 +15,7 @@ from toys import llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedpipe_ray import bottleneck, lora
-from fedpipe_ray.bottleneck import Bottleneck, Bottlenecks, BottleneckSpec, load_adapter
+from fedpipe_ray.bottleneck import Bottleneck, Bottlenecks, BottleneckSpec, BottleneckWeights, load_adapter
 from fedpipe_ray.costs import Cost
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.fleet import SerialFleet
@@ -103,19 +103,19 @@ def test_growing_changes_nothing_and_off_is_off(kind: str, tmp_path: Path, model
     assert bool(heads) == (task == "classification")
     small = {**bottleneck.fresh(base.model, names, 3, generator()), **heads}
     shape = BottleneckSpec(1, 3, task)
-    assert torch.equal(logits(bottleneck.BottleneckWeights(shape, small).on(base)), before)
+    assert torch.equal(logits(BottleneckWeights(shape, small).on(base)), before)
 
     small = noisy(base, shape)
     trained = sum(tensor.numel() for name, tensor in small.items() if ".bottleneck." in name)
     assert trained == 2 * (2 * 3 * 32 + 3 + 32)  # 2 m d + m + d an adapter, as Houlsby et al. count
-    expected = logits(bottleneck.BottleneckWeights(shape, small).on(base))
+    expected = logits(BottleneckWeights(shape, small).on(base))
     assert float((expected - before).abs().max()) > 0.01
     deep = bottleneck.deepened(small, base.model, 2, generator())
     wide = bottleneck.widened(small, 5, generator())
     for grown, spec in ((deep, BottleneckSpec(2, 3, task)), (wide, BottleneckSpec(1, 5, task))):
         assert bottleneck.spec_of(grown, task) == spec
         assert any(bool(tensor.any()) for name, tensor in grown.items() if name not in small or wide is grown)
-        model = bottleneck.BottleneckWeights(spec, grown).on(base)
+        model = BottleneckWeights(spec, grown).on(base)
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-6)
         with model.disable_adapter():
             assert torch.equal(logits(model), before)
@@ -225,7 +225,8 @@ def test_a_trial_from_start_to_winner(run_file: Path) -> None:
             assert torch.allclose(new.tensors[f"now/{own}"], tensor + 2)
     assert {name.partition("/")[0] for name in new.tensors} == {"now", "wider"}  # both layers are adapted
     (view,) = method.weights(new, server).values()
-    assert view.spec == BottleneckSpec(2, 8)  # type: ignore[attr-defined]
+    assert isinstance(view, BottleneckWeights)
+    assert view.spec == BottleneckSpec(2, 8)
     assert bottleneck.spec_of({n: t for n, t in new.tensors.items() if n.startswith("wider/")}, "").width == 16
 
 

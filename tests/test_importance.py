@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedpipe_ray.importance import SCORES, Smoothed, mean_of_edges, per_cost, score, spectrum, tied
+from fedpipe_ray.importance import SCORES, Smoothed, mean_of_edges, score, spectrum, tied
 
 EXACT = 1e-9
 small = st.integers(1, 9)
@@ -240,12 +240,6 @@ def test_ties_by_hand() -> None:
     assert tied(dict.fromkeys(scores, 0.0), "none", KINDS, LAYERS) == dict.fromkeys(scores, 0.0)
     with pytest.raises(ValueError, match="'layer' is neither none nor kind"):
         tied(scores, "layer", KINDS, LAYERS)  # type: ignore[arg-type]
-
-
-def test_per_cost() -> None:
-    assert per_cost({"q": 6.0, "up": 8.0}, {"q": 2.0, "up": 8.0, "other": 0.0}) == {"q": 3.0, "up": 1.0}
-    with pytest.raises(ValueError, match="cost of q: 0"):
-        per_cost({"q": 6.0}, {"q": 0.0})
 
 
 def test_the_mean_of_edges_is_over_those_that_scored_the_key() -> None:

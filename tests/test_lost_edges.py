@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refusals import refused
+from refusals import assert_refused
 from runs import assert_same, fedpipe, here, tensors, tiny_run
 
 Capture = pytest.CaptureFixture[str]
@@ -90,7 +90,7 @@ def test_a_learning_rate_that_diverges(run_file: Path, tmp_path: Path, capsys: C
     assert message.count("diverged: loss nan, gradient norm nan in step 2 of 4; lower local.lr") == 3
     assert "or start a new run with other settings" in message
     assert (out / "checkpoint" / "round-0000" / "state.safetensors").is_file()
-    refused(capsys, "resume", out, "local.lr=1e-3", says="resume cannot change local.lr; free keys are rounds,")
+    assert_refused(capsys, "resume", out, "local.lr=1e-3", says="resume cannot change local.lr; free keys are rounds,")
 
 
 # -- a finished run, and what cannot be done with it
@@ -145,7 +145,7 @@ def test_what_a_finished_run_refuses(
     names["empty"].mkdir()
     names["full"].mkdir()
     (names["full"] / "rows.csv").write_text("x,y\n1,2\n")
-    refused(capsys, *arguments.format(**names).split(), says=says.format(**names))
+    assert_refused(capsys, *arguments.format(**names).split(), says=says.format(**names))
     assert not names["new"].exists()
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "full"}
     changed = {path.name for path in finished.rglob("*") if before.get(path) != path.stat().st_mtime_ns}
@@ -170,14 +170,14 @@ def test_every_checkpoint_damaged(content: bytes, copy: Path, tmp_path: Path, ca
     for manifest in copy.glob("checkpoint/round-*/manifest.json"):
         manifest.write_bytes(content)
     says = f"{copy} has no usable checkpoint (2 found); start the run again with --out NEW"
-    refused(capsys, "resume", copy, "rounds=3", says=says)
-    refused(capsys, "export", copy, says=says, out=tmp_path / "new")
-    refused(capsys, "evaluate", copy, says=says)
+    assert_refused(capsys, "resume", copy, "rounds=3", says=says)
+    assert_refused(capsys, "export", copy, says=says, out=tmp_path / "new")
+    assert_refused(capsys, "evaluate", copy, says=says)
 
 
 def test_damaged_configuration(copy: Path, capsys: Capture) -> None:
     (copy / "config.yaml").write_text("ronds: 3")
-    refused(capsys, "resume", copy, "rounds=3", says="unknown key ronds; did you mean rounds?")
+    assert_refused(capsys, "resume", copy, "rounds=3", says="unknown key ronds; did you mean rounds?")
 
 
 HOLD = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print('held'); input()"
@@ -205,8 +205,8 @@ def test_one_process_a_folder(
     hold(copy)
     hold(new)
     says = "is in use by a run in progress; wait for it, or give another folder"
-    refused(capsys, "resume", copy, "rounds=3", says=f"{copy} {says}")
-    refused(capsys, "run", run_file, "--out", new, says=f"{new} {says}")
+    assert_refused(capsys, "resume", copy, "rounds=3", says=f"{copy} {says}")
+    assert_refused(capsys, "run", run_file, "--out", new, says=f"{new} {says}")
     assert [path.name for path in new.iterdir()] == [".lock"]  # it is the other's
 
 
@@ -229,7 +229,7 @@ def test_an_edge_asks_for_more_than_there_is(
     override: str, says: str, ray_here: None, run_file: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     override = f"fleet.edges.b={{{override}}}"
-    refused(capsys, "run", run_file, "fleet.ray=true", override, says=says, out=tmp_path / "out")
+    assert_refused(capsys, "run", run_file, "fleet.ray=true", override, says=says, out=tmp_path / "out")
 
 
 def test_the_edges_together_ask_for_more(ray_here: None, run_file: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -238,7 +238,7 @@ def test_the_edges_together_ask_for_more(ray_here: None, run_file: Path, tmp_pat
     cpus = ray.cluster_resources()["CPU"]
     each = [f"fleet.edges.{edge}.cpus={cpus / 2}" for edge in "abc"]
     says = f"no room left for cpus {cpus / 2:g} beside the other edges; the 1 node(s) offer cpus {cpus:g} in all; lower"
-    refused(capsys, "run", run_file, "fleet.ray=true", *each, says=says, out=tmp_path / "out")
+    assert_refused(capsys, "run", run_file, "fleet.ray=true", *each, says=says, out=tmp_path / "out")
 
 
 def test_an_exception_on_a_ray_actor(
@@ -259,7 +259,7 @@ def test_a_method_that_workers_cannot_import(
     monkeypatch.syspath_prepend(tmp_path)
     one = "fleet={ray: true, edges: {a: {cpus: 0.1}}}"
     says = "edge a: its worker died: it could not be made: ModuleNotFoundError: No module named 'only_here'"
-    refused(capsys, "run", run_file, one, "method={name: 'only_here:Own'}", says=says, out=tmp_path / "out")
+    assert_refused(capsys, "run", run_file, one, "method={name: 'only_here:Own'}", says=says, out=tmp_path / "out")
 
 
 def test_no_cluster_at_the_address(run_file: Path, tmp_path: Path) -> None:

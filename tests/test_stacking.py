@@ -48,7 +48,7 @@ def dense(pairs: Sequence[Pair], weights: Sequence[float]) -> Tensor:
     return sum((w * b @ a for (b, a), w in zip(pairs, weights, strict=True)), torch.zeros(()))
 
 
-def near(found: Tensor, expected: Tensor) -> None:
+def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
 
 
@@ -63,8 +63,8 @@ def test_low_rank_is_the_dense_truncated_svd(rank: list[int], cut: int, seed: in
     found = low_rank(*concatenate(pairs, weights), cut)
     u, s, vt = torch.linalg.svd(whole)
     assert (found.b.shape, found.a.shape, found.singular.shape) == ((M, cut), (cut, N), (cut,))
-    near(found.b @ found.a, u[:, : min(cut, N)] * s[:cut] @ vt[:cut])
-    near(found.singular[:N], s[:cut])
+    assert_near(found.b @ found.a, u[:, : min(cut, N)] * s[:cut] @ vt[:cut])
+    assert_near(found.singular[:N], s[:cut])
     assert found.residual == pytest.approx(float(s[cut:].norm()), abs=1e-10)
     assert found.relative == pytest.approx(float(s[cut:].norm() / (s.norm() or 1)), abs=1e-10)
     assert found.residual == pytest.approx(float((whole - found.b @ found.a).norm()), abs=1e-10)
@@ -82,19 +82,19 @@ def test_no_other_product_of_that_rank_is_nearer(cut: int, seed: int) -> None:
 def test_the_two_splits_of_the_singular_values() -> None:
     (b, a) = pairs_of([5], 0)[0]
     whole, root = low_rank(b, a, 4), low_rank(b, a, 4, split="sqrt")
-    near(whole.a @ whole.a.T, torch.eye(4, dtype=torch.float64))
-    near(whole.b.T @ whole.b, whole.singular.square().diag())
-    near(root.a @ root.a.T, whole.singular.diag())
-    near(root.b.T @ root.b, whole.singular.diag())
-    near(root.b @ root.a, whole.b @ whole.a)
+    assert_near(whole.a @ whole.a.T, torch.eye(4, dtype=torch.float64))
+    assert_near(whole.b.T @ whole.b, whole.singular.square().diag())
+    assert_near(root.a @ root.a.T, whole.singular.diag())
+    assert_near(root.b.T @ root.b, whole.singular.diag())
+    assert_near(root.b @ root.a, whole.b @ whole.a)
 
 
 def test_by_hand() -> None:
     """b a = [[0, -4], [3, 0]] = 4 e_1 (-e_2)^T + 3 e_2 e_1^T; rank 1 keeps 4, loses 3 of 5."""
     b, a = torch.tensor([[0.0, -4.0], [3.0, 0.0]]), torch.eye(2)
     found = low_rank(b, a, 1)
-    near(found.b.double(), torch.tensor([[4.0], [0.0]]).double())
-    near(found.a.double(), torch.tensor([[0.0, -1.0]]).double())
+    assert_near(found.b.double(), torch.tensor([[4.0], [0.0]]).double())
+    assert_near(found.a.double(), torch.tensor([[0.0, -1.0]]).double())
     assert [found.residual, found.relative] == pytest.approx([3, 0.6])
     assert found.b.dtype == found.a.dtype == torch.float32
 
@@ -121,8 +121,8 @@ def test_the_same_input_gives_the_same_bits() -> None:
 def test_the_order_of_the_pairs_does_not_matter() -> None:
     pairs, weights = pairs_of([3, 1, 2], 0), weights_of(3)
     one, other = truncate(pairs, weights, 4), truncate(pairs[::-1], weights[::-1], 4)
-    near(one.b, other.b)
-    near(one.a, other.a)
+    assert_near(one.b, other.b)
+    assert_near(one.a, other.a)
 
 
 def test_badly_scaled_factors_lose_no_triplet() -> None:
@@ -145,18 +145,18 @@ def test_a_rank_below_one_is_refused() -> None:
 def test_free_rows_are_filled_orthonormally_and_change_nothing(rank: int, given_rows: int, seed: int) -> None:
     (b, a), (_, fill) = pairs_of([rank, given_rows], seed)
     found, bare = low_rank(b, a, 6, fill=fill), low_rank(b, a, 6)
-    near(found.a @ found.a.T, torch.eye(6, dtype=torch.float64))
+    assert_near(found.a @ found.a.T, torch.eye(6, dtype=torch.float64))
     assert torch.equal(found.b, bare.b)
     assert not found.b[:, rank:].any()
     assert not bare.a[rank:].any()
     taken = fill[: 6 - rank]  # the first ones lie in the rows found
-    near(taken @ found.a.T @ found.a, taken)
+    assert_near(taken @ found.a.T @ found.a, taken)
 
 
 def test_fill_that_is_used_up_is_followed_by_fixed_random_rows_and_then_zeros() -> None:
     b, a = pairs_of([2], 0)[0]
     found = low_rank(b, a, N + 2, fill=a)  # a's rows are all in use
-    near(found.a[:N] @ found.a[:N].T, torch.eye(N, dtype=torch.float64))
+    assert_near(found.a[:N] @ found.a[:N].T, torch.eye(N, dtype=torch.float64))
     assert not found.a[N:].any()
     assert torch.equal(found.a, low_rank(b, a, N + 2, fill=a).a)
 
@@ -190,14 +190,14 @@ def test_edges_that_did_not_move_leave_the_global_where_it_is() -> None:
     g = low_rank(*pairs_of([4], 0)[0], 4)
     start = [leading(g.b, g.a, r) for r in (4, 2, 1)]
     found = stack((g.b, g.a), list(zip(start, start)), [0.5, 0.25, 0.25], 4)
-    near(found.b, g.b)
-    near(found.a, g.a)
+    assert_near(found.b, g.b)
+    assert_near(found.a, g.a)
 
 
 def test_one_edge_that_trained_all_is_the_new_global() -> None:
     g, trained = pairs_of([4, 4], 0)
     for found in (stack(g, [(trained, g)], [1.0], 4), truncate([trained], [1.0], 4)):
-        near(found.b @ found.a, trained[0] @ trained[1])
+        assert_near(found.b @ found.a, trained[0] @ trained[1])
         assert found.relative < 1e-12
 
 
@@ -207,14 +207,14 @@ def test_an_edge_of_lower_rank_changes_its_leading_part_alone() -> None:
     new = pairs_of([2], 1)[0]
     found = stack((g.b, g.a), [(new, leading(g.b, g.a, 2))], [1.0], 6)
     rest = tail(g.b, g.a, 2)
-    near(found.b @ found.a, new[0] @ new[1] + rest[0] @ rest[1])
+    assert_near(found.b @ found.a, new[0] @ new[1] + rest[0] @ rest[1])
 
 
 @given(ranks, seeds)
 def test_increment_adds_to_the_frozen_global(rank: list[int], seed: int) -> None:
     (g, *fresh), weights = pairs_of([3, *rank], seed), weights_of(len(rank))
     found = increment(g, fresh, weights, 3 + sum(rank))
-    near(found.b @ found.a, g[0] @ g[1] + dense(fresh, weights))
+    assert_near(found.b @ found.a, g[0] @ g[1] + dense(fresh, weights))
 
 
 def test_equal_pairs_are_a_fixed_point_of_every_rule() -> None:
@@ -222,8 +222,8 @@ def test_equal_pairs_are_a_fixed_point_of_every_rule() -> None:
     pair, weights = (g.b, g.a), [0.2, 0.3, 0.5]
     by_truncation = truncate([pair] * 3, weights, 3)
     for b, a in (pad([pair] * 3, weights, 3), (by_truncation.b, by_truncation.a)):
-        near(b, g.b)
-        near(a, g.a)
+        assert_near(b, g.b)
+        assert_near(a, g.a)
 
 
 def test_padding_by_hand() -> None:
@@ -257,9 +257,9 @@ def test_leading_and_tail_are_the_whole(rank: int, seed: int) -> None:
     g = low_rank(*pairs_of([8], seed)[0], 5)
     (b, a), (c, d) = leading(g.b, g.a, rank), tail(g.b, g.a, rank)
     assert len(a) + len(d) == 5
-    near(b @ a + c @ d, g.b @ g.a)
+    assert_near(b @ a + c @ d, g.b @ g.a)
     if 1 <= rank <= 5:
-        near(b @ a, (best := low_rank(g.b, g.a, rank)).b @ best.a)
+        assert_near(b @ a, (best := low_rank(g.b, g.a, rank)).b @ best.a)
 
 
 @given(ranks, ranks, seeds)

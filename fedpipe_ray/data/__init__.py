@@ -26,14 +26,14 @@ from .partition import assign, needs_labels
 from .split import Name, Split, SplitWriter, digest, split_of
 from .tables import column_names, read
 
-__all__ = ["EdgeData", "Facts", "Split", "inspect", "open_data"]
+__all__ = ["EdgeData", "SourceFacts", "Split", "inspect", "open_data"]
 
 SPLITS: tuple[Name, ...] = ("train", "validation", "test")
 COUNTS = ("rows", *SPLITS, "truncated", "dropped_empty", "dropped_leaked")
 
 
 @dataclass(frozen=True)
-class Facts:
+class SourceFacts:
     """What a pass over an edge's source finds. rows: this edge's, of all splits; label_values: the classes among them.
 
     columns: of the source's first file. sizes: rows of each class, numbers in their order; {} for a causal task.
@@ -59,7 +59,7 @@ class EdgeData:
     fingerprint: str
 
 
-def inspect(data: Data, edge: str, edges: Sequence[str], seed: int) -> Facts:
+def inspect(data: Data, edge: str, edges: Sequence[str], seed: int) -> SourceFacts:
     """Reads the whole source without encoding it. Raises UserError for what is wrong with files, columns and labels."""
     mine = _mine(data, edge, edges, seed)
     rows, sizes, columns = 0, Counter[str](), needed_columns(data)
@@ -72,7 +72,7 @@ def inspect(data: Data, edge: str, edges: Sequence[str], seed: int) -> Facts:
                 sizes.update(names)
     whole = all(re.fullmatch(r"-?\d+", name) for name in sizes)
     labels = sorted(sizes, key=int if whole else str)
-    return Facts(rows, column_names(data.source, data.format), labels, {name: sizes[name] for name in labels})
+    return SourceFacts(rows, column_names(data.source, data.format), labels, {name: sizes[name] for name in labels})
 
 
 def open_data(

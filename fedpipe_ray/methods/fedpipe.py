@@ -4,8 +4,8 @@ The paper's: weights chosen by importance, rank, batch and bits by an edge's res
 trained, the frozen model quantized to an edge's memory, adapters of unequal shape aggregated with weight n_i / n, and
 merged at the end. Its equations were not seen; the scores (shaped on AdaLoRA), costs, solvers and the aggregation are
 ours. `preset: paper` is our reading of it: four attention projections, SVD and sensitivity, ranks by importance, equal
-steps. `preset: best`, the default, is what measured better: every linear weight, the gradient at B = 0 by kind, one
-rank an edge, as many steps as fit before the deadline, equal weights.
+steps. `preset: best`, the default, is what a small prototype measured better: every linear weight, the gradient at
+B = 0 by kind, one rank an edge, as many steps as fit before the deadline, equal weights.
 
 One round on an edge. The global adapter G = B A, of rank `rank` on every candidate, acts as a whole; the edge trains
 its leading triplets on the weights it was given, the rest stays frozen beside them. It sends what it trained. The
@@ -61,9 +61,9 @@ class FedPipe(LoraMethod):
     linear weights; attention alone with `preset: paper`). score, tie, solver, steps, weigh: null = the preset's. scope:
     each edge by its own scores, or by the fleet's. refresh_every: rounds between scorings. bits: what an edge may use.
     deadline_seconds: of a round on the virtual clock (null: searched). communication: share of it that the upload may
-    take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest,
-    and over those that local.steps plans. depth: whether
-    a slow edge may adapt its top layers alone. join: stack, or the baselines truncate, pad and increment.
+    take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest, and over those
+    that local.steps plans. depth: whether a slow edge may adapt its top layers alone. join: stack, or the baselines
+    truncate, pad and increment.
     """
 
     rank: int = 32
