@@ -2,7 +2,7 @@
 
 Two batch sizes, one step to warm up and two measured at each, give a straight line: seconds = fixed + tokens x slope,
 and so for the peak of memory. Other ranks, targets and depths scale the slope of the time by their FLOPs and add their
-parameters' bytes. Ours.
+parameters' bytes. Ours; the paper says only that plans follow from an edge's resources.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import hashlib
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from . import lora
 from .batches import Batch, sums
-from .costs import PeakMemory, matmul_parameters, training_flops
+from .costs import ADAM_BYTES, PeakMemory, matmul_parameters, training_flops
 from .data.docstrings import cache_folder
 from .message import write_atomically
 from .model import Base, stored_bytes
-
-ADAM = 16  # bytes a trained parameter takes: weight, gradient, two moments
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,31 @@ class Calibration:
 
     def memory_bytes(self, tokens: int, trained: int) -> float:
         """At the peak of a step with so many trained parameters."""
-        return self.bytes_fixed + tokens * self.bytes_token + ADAM * (trained - self.trained)
+        return self.bytes_fixed + tokens * self.bytes_token + (4 + ADAM_BYTES) * (trained - self.trained)
+
+    def numbers(self) -> dict[str, float]:
+        """As a Message's numbers carry it."""
+        return {name: float(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of(cls, numbers: Mapping[str, float]) -> Calibration | None:
+        """The calibration that `numbers` tell; None if they tell of none."""
+        if not all(field.name in numbers for field in fields(cls)):
+            return None
+        told: dict[str, Any] = {field.name: numbers[field.name] for field in fields(cls)}
+        return cls(**{**told, "bits": int(told["bits"]), "trained": int(told["trained"])})
 
 
-def measure(base: Base, spec: lora.LoraSpec, rows: int, length: int, steps: int = 2) -> tuple[float, int]:
-    """(median seconds of a step, peak training bytes) with `rows` rows of `length` random tokens, all with labels."""
+def measure(
+    base: Base, spec: lora.LoraSpec, rows: int, length: int, units: int | None = None, steps: int = 2
+) -> tuple[float, int]:
+    """(median seconds of a step, peak training bytes) with `rows` rows of `length` random tokens.
+
+    units: how many of a row's tokens have a label, the last ones; None: all.
+    """
     model = lora.attach(base, spec)
     weights = [p for p in model.parameters() if p.requires_grad]
-    batch = _random_batch(base, spec, rows, length)
+    batch = _random_batch(base, spec, rows, length, length if units is None else units)
     optimizer = torch.optim.AdamW(weights, lr=0.0)
     seconds = []
     model.train()
@@ -76,9 +93,11 @@ def measure(base: Base, spec: lora.LoraSpec, rows: int, length: int, steps: int 
     return float(np.median(seconds[1:])), used
 
 
-def calibrate(base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: int) -> Calibration:
+def calibrate(
+    base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: int, units: int | None = None
+) -> Calibration:
     """The line through two batch sizes, measured now."""
-    points = [measure(base, spec, count, length) for count in rows]
+    points = [measure(base, spec, count, length, units) for count in rows]
     low, high = (count * length for count in rows)
     seconds_token = max(0.0, (points[1][0] - points[0][0]) / (high - low))
     bytes_token = max(0.0, (points[1][1] - points[0][1]) / (high - low))
@@ -89,12 +108,14 @@ def calibrate(base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: in
     )  # fmt: skip
 
 
-def calibrated(base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: int) -> Calibration:
+def calibrated(
+    base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: int, units: int | None = None
+) -> Calibration:
     """As `calibrate`, measured once for this model, adapter, bit-width, thread count and machine, then read again."""
     gpu = base.device.type == "cuda"
     about = [
-        base.model.config.to_dict(), asdict(spec), base.bits, rows, length, str(base.device), torch.get_num_threads(),
-        platform.node(), platform.machine(), torch.__version__,
+        base.model.config.to_dict(), asdict(spec), base.bits, rows, length, units, str(base.device),
+        torch.get_num_threads(), platform.node(), platform.machine(), torch.__version__,
         torch.cuda.get_device_name(base.device) if gpu else torch.backends.cpu.get_cpu_capability(),
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()[:24]
@@ -102,12 +123,12 @@ def calibrated(base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: i
     try:
         return Calibration(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        found = calibrate(base, spec, rows, length)
+        found = calibrate(base, spec, rows, length, units)
         write_atomically(path, json.dumps(asdict(found)) + "\n")
         return found
 
 
-def _random_batch(base: Base, spec: lora.LoraSpec, rows: int, length: int) -> Batch:
+def _random_batch(base: Base, spec: lora.LoraSpec, rows: int, length: int, units: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     size = int(base.model.config.vocab_size)
     tokens = torch.randint(2, size, (rows, length), generator=generator)
@@ -115,5 +136,5 @@ def _random_batch(base: Base, spec: lora.LoraSpec, rows: int, length: int) -> Ba
     if spec.task == "classification":
         return Batch(tokens, mask, torch.zeros(rows, dtype=torch.long), rows)
     labels = tokens.clone()
-    labels[:, 0] = -100
-    return Batch(tokens, mask, labels, rows * (length - 1))
+    labels[:, : max(1, length - units)] = -100
+    return Batch(tokens, mask, labels, int((labels >= 0).sum()))

@@ -19,6 +19,8 @@ from torch import nn
 
 from .settings import Profile
 
+ADAM_BYTES = 12  # of a trained parameter beside its own four: gradient and two moments
+
 
 @dataclass(frozen=True)
 class Cost:

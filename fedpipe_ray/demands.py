@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,18 +20,17 @@ import torch
 
 from . import lora
 from .batches import collate, sums
-from .costs import parameters_of
+from .calibrate import Calibration
+from .costs import ADAM_BYTES, parameters_of
 from .facts import Facts
 from .message import DTYPES
 from .model import head_names, stored_bytes
 from .planning import Choice, Demand, Key
 from .settings import Profile
 
-ADAM = 12  # bytes a trained parameter takes beside its own four: gradient and two moments
 BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
-CONTEXT = (
-    128 * 2**20
-)  # bytes a CPU process grows by whatever the model: kernels' scratch, arenas, mapped rows; 60-110 MB
+CONTEXT = 128 * 2**20  # bytes an uncalibrated CPU process may grow by whatever the model: scratch, arenas, mapped rows
+MARGIN = 1.1  # calibrated bytes are planned this much higher
 
 
 @dataclass(frozen=True)
@@ -172,10 +173,14 @@ class _OneRow:
 def demand_of(
     edge: str, profile: Profile, shape: Shape, facts: Facts, *, rank: int, wire: str, bits: Sequence[int], batch: int,
     depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int, correction: float = 1.0,
+    capacity_bytes: float = math.inf, measured: Mapping[int, Calibration] = MappingProxyType({}),
+    real: bool = False,
 ) -> Demand:  # fmt: skip
     """What `edge` may do. rank: of the global adapter, whose whole acts on the edge; batch: the largest.
 
-    correction: measured over predicted memory of a round that ran out of it, at least 1.
+    correction: measured over predicted memory of a round that ran out of it, at least 1; never so much that nothing is
+    left to try. capacity_bytes: beside the profile's. measured: calibrations by bits, with the whole global adapter
+    trained: where there is one, memory comes from it, and with `real` the seconds too, which are else the profile's.
     """
     width = np.array([key.d_in + key.d_out for key in shape.keys], dtype=float)  # [keys] parameters a unit of rank
     sent = DTYPES[wire].itemsize
@@ -183,17 +188,25 @@ def demand_of(
     sizes = [2**power for power in range(int(math.log2(batch)) + 1)]
     for q in sorted(bits, reverse=True):
         for b in sorted({*sizes, batch}, reverse=True):
-            choices += [_choice(shape, facts, profile, width, rank, q, b, depth, correction) for depth in depths]
+            one = partial(_choice, shape, facts, profile, width, rank, q, b, measured.get(q), real)
+            choices += [one(depth) for depth in depths]
+    capacity = min(profile.capacity_bytes, capacity_bytes)
+    least = min(choice.memory_bytes + choice.memory_bytes_rank.min() for choice in choices)
+    correction = min(correction, max(1.0, (capacity - 2) / least))  # the planner counts whole bytes
+    choices = [
+        replace(one, memory_bytes=correction * one.memory_bytes, memory_bytes_rank=correction * one.memory_bytes_rank)
+        for one in choices
+    ]
     fixed = 2 * profile.latency_seconds + 8 * sent * rank * float(width.sum()) / profile.downlink_bps
     return Demand(
-        edge, choices, profile.capacity_bytes, fixed, 8 * sent * width / profile.uplink_bps,
+        edge, choices, capacity, fixed, 8 * sent * width / profile.uplink_bps,
         facts.rows, steps, min_steps, max_steps, batch, rank,
     )  # fmt: skip
 
 
 def _choice(
     shape: Shape, facts: Facts, profile: Profile, width: np.ndarray[Any, Any], rank: int, bits: int, batch: int,
-    depth: int | None, correction: float,
+    measured: Calibration | None, real: bool, depth: int | None,
 ) -> Choice:  # fmt: skip
     lowest = 0 if depth is None else max(0, shape.layers - depth)
     reached = np.array([key.layer >= lowest for key in shape.keys])
@@ -202,15 +215,18 @@ def _choice(
     flops = tokens * (2 * shape.below[lowest] + 4 * (shape.products - shape.below[lowest]) + frozen)
     longest = batch * facts.longest
     part = 1.0 if depth is None else min(1.0, depth / shape.layers)
-    logits = 3 * 4 * batch * min(facts.longest, 2 * facts.units) * shape.vocabulary
-    unpacked = shape.largest_bytes if bits != 16 else 0
-    held = (
-        shape.context_bytes
-        + shape.base_bytes[bits]
-        + 4 * rank * float(width.sum())
-        + longest * shape.activation_bytes * part
-    )
+    if measured is None:
+        logits = 3 * 4 * batch * min(facts.longest, 2 * facts.units) * shape.vocabulary
+        unpacked = shape.largest_bytes if bits != 16 else 0
+        held = shape.context_bytes + shape.base_bytes[bits] + 4 * rank * float(width.sum()) + logits + unpacked
+        held += longest * shape.activation_bytes * part
+    else:
+        held = measured.bytes_fixed - ADAM_BYTES * rank * float(width.sum()) + longest * measured.bytes_token * part
+        held = max(MARGIN * held, shape.base_bytes[bits])
+    started, each = 0.0, 1 / profile.compute_flops  # seconds of a step, and of a FLOP
+    if real and measured is not None:
+        started, each = measured.seconds_fixed, measured.seconds_token / measured.flops
+    none = np.zeros(len(width))
     return Choice(
-        bits, batch, depth, flops / profile.compute_flops, tokens * 2 * width / profile.compute_flops,
-        np.zeros(len(width)), correction * (held + logits + unpacked), correction * ADAM * width, np.zeros(len(width)),
+        bits, batch, depth, started + flops * each, tokens * 2 * width * each, none, held, ADAM_BYTES * width, none,
     )  # fmt: skip

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .calibrate import Calibration
 from .importance import Smoothed
 
 if TYPE_CHECKING:
     from .site import Site
 
 LOOKED_AT = 2000  # rows whose lengths and labels are read
-SCORE, MEAN, SPREAD, CLASS = "score.", "mean.", "spread.", "class."
+SCORE, MEAN, SPREAD, CLASS, CALIBRATION = "score.", "mean.", "spread.", "class.", "calibration."
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def facts_of(edges: Mapping[str, object], numbers: Mapping[str, float], longest:
             own.get("units", longest), share,
         )  # fmt: skip
     return found
+
+
+def calibrations_of(edge: str, numbers: Mapping[str, float]) -> dict[int, Calibration]:
+    """What an edge measured of itself, by bits."""
+    found = {bits: Calibration.of(_told(edge, f"{CALIBRATION}{bits}.", numbers)) for bits in (4, 8, 16)}
+    return {bits: one for bits, one in found.items() if one is not None}
 
 
 def protected(planned: int, share: float, edges: int) -> int:

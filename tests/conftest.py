@@ -22,9 +22,16 @@ DEFAULTS = {
 }
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
+CACHE = tempfile.mkdtemp(prefix="fp-cache-")
+os.environ["XDG_CACHE_HOME"] = CACHE  # nothing of the user's is read or written
 
 settings.register_profile("fedpipe", deadline=None, derandomize=True)  # slow machines pass, and results repeat
 settings.load_profile("fedpipe")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the tests' cache."""
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 @pytest.hookimpl(tryfirst=True)

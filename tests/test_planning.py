@@ -227,7 +227,7 @@ def test_uniform_needs_room_for_all() -> None:
 def test_search_deadline_by_hand() -> None:
     """Edges do 1 and 4 steps a second after 1 s, 12 planned, 24 at most: 13 and 4 planned seconds; grid 4, 7.21, 13.
 
-    Samples a second: (3 + 12) / 4 = 3.75, (6 + 24) / 7 = 4.29, (12 + 24) / 13 = 2.77.
+    Samples a second: (3 + 12) / 4 = 3.75, (6 + 24) / 7 = 4.29, (12 + 24) / 13 = 2.77. With samples the first that does.
     """
 
     def plans(deadline: float) -> dict[str, EdgePlan]:
@@ -240,6 +240,8 @@ def test_search_deadline_by_hand() -> None:
     deadline, found = search_deadline(plans, points=3)
     assert deadline == pytest.approx(math.sqrt(4 * 13))
     assert [one.steps for one in found.values()] == [6, 24]
+    for samples, earliest in ((14, 4), (15, 4), (16, math.sqrt(4 * 13)), (99, math.sqrt(4 * 13))):
+        assert search_deadline(plans, samples, points=3)[0] == pytest.approx(earliest)
 
 
 @pytest.mark.parametrize("solver", ["best", "greedy"])

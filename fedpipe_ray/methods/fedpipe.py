@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from fedpipe_ray import importance, lora, planning
+from fedpipe_ray.calibrate import calibrated
 from fedpipe_ray.demands import Shape, demand_of, shape_of
 from fedpipe_ray.errors import UserError
-from fedpipe_ray.facts import Facts, facts_here, facts_of, learn, protected, smoothed
+from fedpipe_ray.facts import CALIBRATION, Facts, calibrations_of, facts_here, facts_of, learn, protected, smoothed
 from fedpipe_ray.message import Message
 from fedpipe_ray.partial import TAIL, Join, joined, misfit, part_of, whole_of
 from fedpipe_ray.planning import EdgePlan
@@ -139,6 +140,8 @@ class FedPipe(LoraMethod):
                 edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
                 bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned[edge],
                 min_steps=floors[edge], max_steps=ceiling, correction=state.numbers.get(f"{edge}/memory", 1.0),
+                capacity_bytes=state.numbers.get(f"{edge}/capacity", math.inf),
+                measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
             )  # fmt: skip
 
         def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
@@ -151,7 +154,8 @@ class FedPipe(LoraMethod):
             deadline = self.deadline_seconds
             if deadline is None:  # exact plans are a second each: the search does with greedy ones
                 quick = "greedy" if self.of("solver") == "exact" else self.of("solver")
-                deadline, _ = planning.search_deadline(partial(plans, solver=quick))
+                samples = sum(planned.values()) * local.batch if self.of("steps") == "filled" else math.inf
+                deadline, _ = planning.search_deadline(partial(plans, solver=quick), samples)
             fewest = min(found.steps for found in plans(deadline).values())
             chosen = plans(deadline, self.step_ratio * fewest)
         except ValueError as error:
@@ -164,13 +168,22 @@ class FedPipe(LoraMethod):
             )  # fmt: skip
         return deadline, chosen
 
+    def order_numbers(self, found: EdgePlan, state: Message, server: Site) -> dict[str, float]:
+        """A plan's scalars, and whether the edge has yet to measure itself in these bits."""
+        known = found.bits in calibrations_of(found.edge, state.numbers)
+        needed = server.run.fleet.clock == "real" or found.capacity_bytes < math.inf
+        return {
+            "bits": found.bits, "batch": found.batch, "steps": found.steps, "calibrate": float(needed and not known),
+        }  # fmt: skip
+
     def survey(self, fleet: Fleet, server: Site) -> tuple[float, dict[str, EdgePlan]]:
         """What `configure` gives once every edge has told its facts and scores; nothing is trained."""
         state = self.start(server, rng_for(server.run.seed, 0, "start"))
         _, first = self.configure(state, fleet.edges, server)
         orders = {
             edge: Message(
-                part_of(state.tensors, found.ranks, "stack", {}), {**numbers_of(found), "score": 1.0, "survey": 1.0}
+                part_of(state.tensors, found.ranks, "stack", {}),
+                {**self.order_numbers(found, state, server), "score": 1.0, "survey": 1.0},
             )
             for edge, found in first.items()
         }
@@ -211,10 +224,36 @@ class FedPipe(LoraMethod):
         return {
             edge: Message(
                 part_of(state.tensors, found.ranks, self.join, fresh),
-                {**numbers_of(found), "score": score},
+                {**self.order_numbers(found, state, server), "score": score},
             )
             for edge, found in plans.items()
         }
+
+    def corrections(
+        self, state: Message, edges: Mapping[str, Profile], overfull: list[Lost], server: Site
+    ) -> dict[str, float]:
+        """What the server believes of the memory of edges that ran out of it, so that each gets less if there is less.
+
+        edges: those that were asked with them.
+        """
+        found: dict[str, float] = {}
+        _, plans = self.configure(state, edges, server)
+        for lost in overfull:
+            edge, planned, took = lost.edge, plans[lost.edge], lost.cost.training_memory_bytes
+            end = planned.capacity_bytes if planned.capacity_bytes < math.inf else took or planned.memory_bytes
+            factor = max(1.1, took / planned.memory_bytes, 1.001 * end / planned.memory_bytes)  # the plan is too large
+            new = {f"{edge}/memory": factor * state.numbers.get(f"{edge}/memory", 1.0), f"{edge}/capacity": end}
+            less = self.configure(Message(state.tensors, {**state.numbers, **new}), edges, server)[1][edge]
+            told = f"took {took / 2**20:.0f} MiB" if took else "did not say what it took"
+            if (less.bits, less.batch, less.ranks) == (planned.bits, planned.batch, planned.ranks):
+                log.warning("edge %s ran out of memory (it %s), and its plan is the smallest there is", edge, told)
+                continue
+            found |= new
+            log.warning(
+                "edge %s ran out of memory: it %s, planned were %.0f; it now gets %d bits and batch %d, not %d and %d",
+                edge, told, planned.memory_bytes / 2**20, less.bits, less.batch, planned.bits, planned.batch,
+            )  # fmt: skip
+        return found
 
     # -- on the edge
 
@@ -226,6 +265,11 @@ class FedPipe(LoraMethod):
         own = {name: t for name, t in order.tensors.items() if not name.startswith(TAIL)}
         rest = {name.removeprefix(TAIL): t for name, t in order.tensors.items() if name.startswith(TAIL)}
         numbers = facts_here(site)
+        if order.numbers["calibrate"]:
+            length, units = int(numbers["longest"]), math.ceil(2 * numbers["units"])
+            rows = (max(1, batch // 4), batch) if batch > 1 else (1, 2)
+            measured = calibrated(base, spec, rows, length, min(length, units)).numbers()
+            numbers |= {f"{CALIBRATION}{base.bits}.{name}": value for name, value in measured.items()}
         if order.numbers["score"]:
             heads = {name: tensor for name, tensor in own.items() if ".lora_" not in name}
             numbers |= probe(site, spec, whole_of(order.tensors), heads, self.of("score"), size, rng)
@@ -253,31 +297,25 @@ class FedPipe(LoraMethod):
         numbers = dict(state.numbers)
         updates: dict[str, Message] = {}
         samples: dict[str, float] = {}
+        asked: list[str] = []
+        overfull: list[Lost] = []
 
         def noted() -> Iterator[Report | Lost]:
             for report in reports:
+                asked.append(report.edge)
                 if isinstance(report, Lost) and report.reason.startswith("out of memory"):
-                    correct(report, server.run.fleet.edges[report.edge], numbers)
+                    overfull.append(report)
                 yield report
 
         for report, message in arrivals(noted(), partial(misfit, state=state.tensors)):
             updates[report.edge], samples[report.edge] = message, report.weight
             learn(report.edge, message.numbers, numbers)
+        if overfull:
+            edges = {edge: server.run.fleet.edges[edge] for edge in asked}
+            numbers |= self.corrections(state, edges, overfull, server)
         if not updates:
             return Message(state.tensors, numbers)
-        tensors, lost = joined(state.tensors, updates, samples, join=self.join, weigh=self.of("weigh"), rank=self.rank)
-        return Message(tensors, {**numbers, "residual": lost})
-
-
-def correct(lost: Lost, profile: Profile, numbers: dict[str, float]) -> None:
-    """Raises an edge's memory model by what it took over its capacity, a tenth at least: its next plan has less."""
-    capacity = profile.training_memory_bytes or profile.gpu_memory_bytes or 0
-    factor = max(1.1, lost.cost.training_memory_bytes / capacity if capacity else 0.0)
-    name = f"{lost.edge}/memory"
-    numbers[name] = factor * numbers.get(name, 1.0)
-    log.warning("edge %s: its memory is now taken to be %.2f times the model's; it gets less", lost.edge, numbers[name])
-
-
-def numbers_of(found: EdgePlan) -> dict[str, float]:
-    """A plan's scalars, as an order carries them."""
-    return {"bits": found.bits, "batch": found.batch, "steps": found.steps}
+        tensors, residual = joined(
+            state.tensors, updates, samples, join=self.join, weigh=self.of("weigh"), rank=self.rank
+        )
+        return Message(tensors, {**numbers, "residual": residual})

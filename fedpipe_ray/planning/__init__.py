@@ -74,17 +74,22 @@ def plan(
 
 
 def search_deadline(
-    plans: Callable[[float], Mapping[str, EdgePlan]], points: int = 16
+    plans: Callable[[float], Mapping[str, EdgePlan]], samples: float = math.inf, points: int = 16
 ) -> tuple[float, Mapping[str, EdgePlan]]:
-    """The deadline in seconds, and its plans, that trains on most samples a second of round; the earliest of equals.
+    """The earliest deadline in seconds by which the fleet trains on `samples`, and its plans.
 
-    Ours: sum of steps x batch over the seconds of the slowest edge, on a geometric grid of `points` between the fastest
-    and the slowest edge's planned seconds. With filled steps it rises with the deadline until max_steps stop the fast.
+    Where none does, the one with most samples a second of round, the earliest of equals. Ours: on a geometric grid of
+    `points` between the fastest and the slowest edge's planned seconds. Samples a second alone would lead filled steps
+    to ever longer rounds, as transfers weigh less in them.
     """
     unhurried = [one.planned_seconds for one in plans(math.inf).values()]
     hurried = [one.planned_seconds for one in plans(min(unhurried)).values()]
     grid = np.geomspace(min(hurried), max(unhurried), points).tolist()
-    tried = [(deadline, plans(deadline)) for deadline in dict.fromkeys(grid)]
+    tried = []
+    for deadline in dict.fromkeys(grid):
+        tried.append((deadline, plans(deadline)))
+        if sum(one.steps * one.batch for one in tried[-1][1].values()) >= samples:
+            return tried[-1]
     return max(tried, key=lambda one: _samples_per_second(one[1]))
 
 

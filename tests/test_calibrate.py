@@ -1,0 +1,131 @@
+"""What an edge measures of itself, how it is kept, and what a plan makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_fedpipe import made
+from toys import llama
+
+from fedpipe_ray import calibrate, lora
+from fedpipe_ray.calibrate import Calibration, calibrated, measure
+from fedpipe_ray.facts import CALIBRATION, calibrations_of
+from fedpipe_ray.message import Message
+from fedpipe_ray.model import Base
+from fedpipe_ray.randomness import rng_for
+from fedpipe_ray.report import Report
+
+LINE = Calibration(
+    bits=8, seconds_fixed=1.0, seconds_token=0.01, bytes_fixed=1000.0, bytes_token=10.0, flops=200.0, trained=50
+)
+SPEC = lora.LoraSpec(4, 8, ("all-linear",))
+
+
+class Tokenizer:
+    """As much of one as a Base looks at."""
+
+    pad_token_id, eos_token_id = 1, 2
+    pad_token, eos_token = "<pad>", "<eos>"
+
+    def __len__(self) -> int:
+        return 27
+
+
+@pytest.fixture
+def base() -> Base:
+    return Base(llama(hidden_size=64, intermediate_size=256), Tokenizer(), torch.device("cpu"))
+
+
+def test_the_line_by_hand() -> None:
+    """1 + 30 x 0.01 x 400 / 200; 1000 + 30 x 10, and 16 bytes for each of 20 more parameters."""
+    assert LINE.seconds(30, 400.0) == pytest.approx(1.6)
+    assert LINE.memory_bytes(30, 70) == 1000 + 300 + 16 * 20
+
+
+def test_numbers_carry_it_and_half_of_them_are_none() -> None:
+    told = {f"e/{CALIBRATION}8.{name}": value for name, value in LINE.numbers().items()}
+    assert calibrations_of("e", told) == {8: LINE}
+    assert calibrations_of("e/", told) == {}
+    del told[f"e/{CALIBRATION}8.flops"]
+    assert calibrations_of("e", told) == {}
+
+
+def test_longer_batches_take_more(base: Base) -> None:
+    """2048 more tokens: so many that neither allocator nor pages can hide them."""
+    _, few = measure(base, SPEC, 4, 64, units=1)
+    _, many = measure(base, SPEC, 36, 64, units=1)
+    hidden = 4 * 64 * 2048  # one float32 vector a token
+    assert many - few > 4 * hidden
+
+
+def test_it_is_measured_once_for_a_model_bits_and_rows(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = calibrated(base, SPEC, (1, 2), 16, 8)
+    (kept,) = tmp_path.rglob("calibration/*.json")
+    assert calibrated(base, SPEC, (1, 2), 16, 8) == found
+    assert found.trained == sum(p.numel() for p in lora.parameters(lora.attach(base, SPEC)).values())
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_: LINE)
+    assert calibrated(base, SPEC, (1, 2), 16, 8) == found
+    for other in ((1, 4), 16, 8), ((1, 2), 15, 8), ((1, 2), 16, 7):
+        assert calibrated(base, SPEC, *other) == LINE
+    kept.write_text("{")  # damaged
+    assert calibrated(base, SPEC, (1, 2), 16, 8) == LINE
+
+
+def test_an_edge_with_a_capacity_measures_itself_once(run_file: Path) -> None:
+    _, method, fleet, server = made(run_file, "", "fleet.edges.b.training_memory_bytes=1GiB")
+    state = method.start(server, rng_for(0, 0, "start"))
+    orders = method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan"))
+    assert [order.numbers["calibrate"] for order in orders.values()] == [0, 1, 0]
+    reports = list(fleet.run(orders, 0))
+    assert all(isinstance(report, Report) for report in reports)
+    after = method.aggregate(state, reports, server, 0, rng_for(0, 0, "aggregate"))
+    (found,) = calibrations_of("b", after.numbers).values()
+    assert found.bits == orders["b"].numbers["bits"]
+    assert not calibrations_of("a", after.numbers)
+    orders = method.plan(after, fleet.edges, server, 1, rng_for(0, 1, "plan"))
+    assert [order.numbers["calibrate"] for order in orders.values()] == [0, 0, 0]
+
+
+def test_a_plan_takes_memory_from_the_line(run_file: Path) -> None:
+    """1.1 (fixed - 12 R width + tokens x slope) + 12 r width, where the whole global adapter was trained."""
+    _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
+    start = method.start(server, rng_for(0, 0, "start"))
+    line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000)
+    told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
+    state = Message(start.tensors, told)
+    width = sum(key.d_in + key.d_out for key in method.shape(server).keys)
+    longest = server.run.data.max_length
+    plan = method.configure(state, fleet.edges, server)[1]["b"]
+    rank = max(plan.ranks.values())
+    assert len(plan.ranks) == len(method.shape(server).keys)
+    expected = 1.1 * (5e6 - 12 * 8 * width + plan.batch * longest * 3e4) + 12 * rank * width
+    assert plan.memory_bytes == pytest.approx(expected, abs=len(plan.ranks) + 1)
+
+
+def test_the_real_clock_plans_with_measured_seconds(run_file: Path) -> None:
+    """The longer a step was measured to be, the longer the plan; the profile's FLOP/s no longer matter."""
+    slow = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000)
+    fast = Calibration(16, 0.25, 0.001, 5e6, 3e4, 1e6, 8000)
+
+    def planned(line: Calibration, *overrides: str) -> float:
+        _, method, fleet, server = made(run_file, ", bits: [16], steps: equal", *overrides)
+        state = method.start(server, rng_for(0, 0, "start"))
+        told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
+        order = method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan"))["b"]
+        assert order.numbers["calibrate"] == float("fleet.clock=real" in overrides)
+        plan = method.configure(Message(state.tensors, told), fleet.edges, server)[1]["b"]
+        profile, width = fleet.edges["b"], {key.name: key.d_in + key.d_out for key in method.shape(server).keys}
+        up = sum(rank * width[name] for name, rank in plan.ranks.items())
+        transfers = 32 * (8 * sum(width.values()) / profile.downlink_bps + up / profile.uplink_bps)
+        return plan.planned_seconds - 2 * profile.latency_seconds - transfers
+
+    real = planned(slow, "fleet.clock=real")
+    assert real == pytest.approx(2 * planned(fast, "fleet.clock=real"))
+    assert real == pytest.approx(planned(slow, "fleet.clock=real", "fleet.edges.b.compute_flops=1GFLOP/s"))
+    assert planned(slow) == pytest.approx(planned(fast))
+    assert real > 10 * planned(slow)
