@@ -99,7 +99,8 @@ def linears(model: Any) -> Iterator[tuple[str, Any]]:
     """The model's linear layers by name, adapters left out."""
     for name, module in model.named_modules():
         plain = name.removesuffix(".base_layer")
-        if type(module).__name__ in lora.LINEAR and ".lora_" not in f".{plain}":
+        wrapped = hasattr(module, "base_layer")  # PEFT's own around it, of the same name and size
+        if not wrapped and type(module).__name__ in lora.LINEAR and ".lora_" not in f".{plain}":
             yield plain, module
 
 

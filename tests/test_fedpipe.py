@@ -14,7 +14,9 @@ from runs import here, load, tensors
 
 from fedpipe_ray import lora
 from fedpipe_ray.costs import Cost
+from fedpipe_ray.demands import demand_of
 from fedpipe_ray.errors import AllEdgesLost
+from fedpipe_ray.facts import facts_of
 from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.loop import Round, federate
 from fedpipe_ray.message import Message
@@ -170,6 +172,27 @@ def test_base_bytes_are_those_of_the_loaded_model(run_file: Path) -> None:
     for bits in (8, 4):
         loaded = server.load_base([], bits).model
         assert base_bytes(whole, bits, classifier=False) == pytest.approx(stored_bytes(loaded), rel=0.01)
+
+
+def test_planned_seconds_are_those_that_the_clock_then_counts(run_file: Path) -> None:
+    """With as many tokens a row as a round without scoring had, its plan counts the FLOPs that the round counted."""
+    _, method, fleet, server = made(run_file, "", UNEVEN)
+    state = method.start(server, rng_for(0, 0, "start"))
+    _, plans = method.configure(state, fleet.edges, server)
+    orders = method.plan(state, fleet.edges, server, 1, rng_for(0, 1, "plan"))
+    assert {max(plan.ranks.values()) for plan in plans.values()} == {1, 8}
+    for report in fleet.run(orders, 1):
+        assert isinstance(report, Report), report.traceback
+        profile, cost = fleet.edges[report.edge], report.cost
+        told = {f"{report.edge}/tokens": cost.tokens / cost.samples}
+        facts = facts_of(fleet.edges, told, server.run.data.max_length)[report.edge]
+        (choice,) = demand_of(
+            report.edge, profile, method.shape(server), facts, rank=8, wire="float32", bits=[16], batch=1,
+            depths=[None], steps=1, min_steps=1, max_steps=1,
+        ).choices  # fmt: skip
+        step = choice.step_seconds + max(plans[report.edge].ranks.values()) * choice.step_seconds_rank.sum()
+        counted = step * profile.compute_flops * cost.samples  # the plan takes the first weight's input for trained too
+        assert counted == pytest.approx(cost.flops, rel=0.02)
 
 
 def test_an_edge_that_ran_out_of_memory_gets_less(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
