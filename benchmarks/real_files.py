@@ -2,7 +2,9 @@
 
     python -m benchmarks.real_files FOLDER [SEED ...]
 
-FOLDER holds ag_news.csv, e2e_devset.csv and gsm8k_train.jsonl. Every seed (default 0 1 2) in one process without Ray.
+FOLDER holds ag_news.csv, e2e_devset.csv and gsm8k_train.jsonl. Every seed (default 0 1 2) in one process without Ray,
+all examples with a seed before the next. Rows that stand in results/real_files.json are kept, not measured again:
+remove the file to measure all.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import publish
+from benchmarks.table import RESULTS, commit, publish
 
 ROOT = Path(__file__).parent.parent
 FILES = {"ag_news": "ag_news.csv", "e2e": "e2e_devset.csv", "gsm8k": "gsm8k_train.jsonl"}
@@ -22,9 +24,12 @@ FILES = {"ag_news": "ag_news.csv", "e2e": "e2e_devset.csv", "gsm8k": "gsm8k_trai
 
 def main(folder: Path, seeds: list[int]) -> None:
     """Runs every example with every seed; publishes after each run."""
-    rows: list[dict[str, Any]] = []
-    for example, file in FILES.items():
-        for seed in seeds:
+    kept = RESULTS / "real_files.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text())["rows"] if kept.exists() else []
+    for seed in seeds:
+        for example, file in FILES.items():
+            if any((row["example"], row["seed"]) == (example, seed) for row in rows):
+                continue
             with tempfile.TemporaryDirectory() as place:
                 command = [
                     sys.executable, "-m", "fedpipe_ray", "run", f"examples/{example}.yaml",
@@ -38,9 +43,10 @@ def main(folder: Path, seeds: list[int]) -> None:
             rows.append({
                 "example": example, "seed": seed, "base loss": before["loss"], "tuned loss": after["loss"],
                 "metric": metric, "base": before[metric], "tuned": after[metric],
-                "rounds s": summary["totals"]["wall_seconds"],
+                "rounds s": summary["totals"]["wall_seconds"], "commit": commit(),
             })  # fmt: skip
-            publish("real_files", "Examples on real files: test rows, mean over the edges", rows, seeds=seeds)
+            rows.sort(key=lambda row: (row["example"], row["seed"]))
+            publish("real_files", "Examples on real files: test rows, mean over the edges", rows)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def _choice(
     longest = batch * facts.longest
     part = 1.0 if depth is None else min(1.0, depth / shape.layers)
     if measured is None:
-        logits = 3 * 4 * batch * min(facts.longest, 2 * facts.units) * shape.vocabulary
+        logits = 3 * 4 * batch * facts.most * shape.vocabulary
         unpacked = shape.largest_bytes if bits != 16 else 0
         held = shape.context_bytes + shape.base_bytes[bits] + 4 * rank * float(width.sum()) + logits + unpacked
         held += longest * shape.activation_bytes * part

@@ -25,7 +25,8 @@ SCORE, MEAN, SPREAD, CLASS, CALIBRATION = "score.", "mean.", "spread.", "class."
 
 @dataclass(frozen=True)
 class Facts:
-    """An edge's rows. rows: for training; tokens: a row with its padding; longest: tokens; units: loss terms a row.
+    """An edge's rows. rows: for training; tokens: a row with its padding; longest: tokens; most: loss terms a row, in
+    the batch that has most of them.
 
     share: what part of the fleet's data it holds, rare classes counted for more; 1 / edges if all are alike.
     """
@@ -33,7 +34,7 @@ class Facts:
     rows: int
     tokens: float
     longest: int
-    units: float
+    most: float
     share: float
 
 
@@ -47,8 +48,9 @@ def facts_here(site: Site) -> dict[str, float]:
     if site.task == "classification":
         classes, counts = np.unique([int(wanted[0]) for wanted in labels], return_counts=True)
         numbers |= {f"{CLASS}{c}": float(n * len(rows) / len(seen)) for c, n in zip(classes, counts, strict=True)}
-        return numbers | {"units": 1.0}
-    return numbers | {"units": float(np.mean([(wanted >= 0).sum() for wanted in labels]))}
+        return numbers | {"most": 1.0}
+    terms = sorted(int((wanted >= 0).sum()) for wanted in labels)
+    return numbers | {"most": float(np.mean(terms[-site.run.local.batch :]))}
 
 
 def learn(edge: str, told: Mapping[str, float], numbers: dict[str, float]) -> None:
@@ -82,7 +84,7 @@ def facts_of(edges: Mapping[str, object], numbers: Mapping[str, float], longest:
         share = math.fsum(parts) / len(whole) if "rows" in own and parts else 1 / len(edges)
         found[edge] = Facts(
             int(own.get("rows", 0)), own.get("tokens", longest), int(own.get("longest", longest)),
-            own.get("units", longest), share,
+            own.get("most", longest), share,
         )  # fmt: skip
     return found
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from .costs import Cost
 from .message import Message
 
+OUT_OF_MEMORY = "out of memory"  # how the reason of an edge begins that ran out of it
+
 
 @dataclass
 class Report:

@@ -24,7 +24,7 @@ from .message import Message
 from .methods.base import Method, Weights
 from .model import Base, empty_model, load_tokenizer, stored_bytes
 from .randomness import rng_for
-from .report import Lost, Report
+from .report import OUT_OF_MEMORY, Lost, Report
 from .settings import Data, Profile, Run
 from .train import gradients, train
 
@@ -298,7 +298,7 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     except DivergedError as error:
         reason, trace = f"diverged: {error}", None
     except (torch.OutOfMemoryError, MemoryError) as error:
-        reason, trace = f"out of memory: {str(error).splitlines()[0] if str(error) else 'host memory'}", None
+        reason, trace = f"{OUT_OF_MEMORY}: {str(error).splitlines()[0] if str(error) else 'host memory'}", None
         site.cost = dataclasses.replace(site.cost, training_memory_bytes=training_memory(peak, stored))
     except Exception as error:  # whatever a method does wrong stays on its edge
         reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()

@@ -34,7 +34,7 @@ from fedpipe_ray.partial import TAIL, Join, joined, misfit, part_of, whole_of
 from fedpipe_ray.planning import EdgePlan
 from fedpipe_ray.probe import probe, ranks_of
 from fedpipe_ray.randomness import rng_for
-from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.report import OUT_OF_MEMORY, Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import steps_of
 
@@ -177,22 +177,35 @@ class FedPipe(LoraMethod):
         }  # fmt: skip
 
     def survey(self, fleet: Fleet, server: Site) -> tuple[float, dict[str, EdgePlan]]:
-        """What `configure` gives once every edge has told its facts and scores; nothing is trained."""
-        state = self.start(server, rng_for(server.run.seed, 0, "start"))
-        _, first = self.configure(state, fleet.edges, server)
-        orders = {
-            edge: Message(
-                part_of(state.tensors, found.ranks, "stack", {}),
-                {**self.order_numbers(found, state, server), "score": 1.0, "survey": 1.0},
-            )
-            for edge, found in first.items()
-        }
-        numbers: dict[str, float] = {}
-        for report in fleet.run(orders, 0):
-            if isinstance(report, Lost):
-                raise UserError(f"edge {report.edge}: {report.reason}")
-            learn(report.edge, report.message().numbers, numbers)
-        return self.configure(Message(state.tensors, numbers), fleet.edges, server)
+        """What `configure` gives once every edge has told its facts and scores; nothing is trained.
+
+        An edge that runs out of memory over it is asked again with less. Raises UserError for one that cannot answer.
+        """
+        state, silent = self.start(server, rng_for(server.run.seed, 0, "start")), list(fleet.edges)
+        while silent:
+            _, plans = self.configure(state, fleet.edges, server)
+            orders = {
+                edge: Message(
+                    part_of(state.tensors, plans[edge].ranks, "stack", {}),
+                    {**self.order_numbers(plans[edge], state, server), "score": 1.0, "survey": 1.0},
+                )
+                for edge in silent
+            }
+            numbers, overfull = dict(state.numbers), []
+            for report in fleet.run(orders, 0):
+                if isinstance(report, Report):
+                    learn(report.edge, report.message().numbers, numbers)
+                elif report.reason.startswith(OUT_OF_MEMORY):
+                    overfull.append(report)
+                else:
+                    raise UserError(f"edge {report.edge}: {report.reason}")
+            less = self.corrections(state, fleet.edges, overfull, server)
+            silent = [lost.edge for lost in overfull]
+            for lost in overfull:
+                if f"{lost.edge}/memory" not in less:
+                    raise UserError(f"edge {lost.edge}: {lost.reason}")
+            state = Message(state.tensors, numbers | less)
+        return self.configure(state, fleet.edges, server)
 
     def scores(self, edge: str, state: Message, shape: Shape, facts: Mapping[str, Facts]) -> dict[str, float]:
         """Importance of every key for one edge; all alike before the first scoring."""
@@ -266,9 +279,9 @@ class FedPipe(LoraMethod):
         rest = {name.removeprefix(TAIL): t for name, t in order.tensors.items() if name.startswith(TAIL)}
         numbers = facts_here(site)
         if order.numbers["calibrate"]:
-            length, units = int(numbers["longest"]), math.ceil(2 * numbers["units"])
-            rows = (max(1, batch // 4), batch) if batch > 1 else (1, 2)
-            measured = calibrated(base, spec, rows, length, min(length, units)).numbers()
+            rows = (batch // 4, batch // 2) if batch >= 8 else (1, 2)  # below the batch that is only believed to fit
+            length, units = int(numbers["longest"]), math.ceil(numbers["most"])
+            measured = calibrated(base, spec, rows, length, units).numbers()
             numbers |= {f"{CALIBRATION}{base.bits}.{name}": value for name, value in measured.items()}
         if order.numbers["score"]:
             heads = {name: tensor for name, tensor in own.items() if ".lora_" not in name}
@@ -303,7 +316,7 @@ class FedPipe(LoraMethod):
         def noted() -> Iterator[Report | Lost]:
             for report in reports:
                 asked.append(report.edge)
-                if isinstance(report, Lost) and report.reason.startswith("out of memory"):
+                if isinstance(report, Lost) and report.reason.startswith(OUT_OF_MEMORY):
                     overfull.append(report)
                 yield report
 
