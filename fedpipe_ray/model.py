@@ -103,6 +103,8 @@ class Base:
         lacking = sorted(name for name in found["missing_keys"] if name.startswith(head))
         if lacking:
             _warn_of_random_weights(settings.name, ", ".join(lacking[:4]))
+        if bits != 16:
+            require_packed(model, bits, settings.name)
         for part in model.modules():
             if hasattr(part, "support_avx512bf16_for_cpu"):  # or the first evaluation there repacks 4-bit weights for
                 part.support_avx512bf16_for_cpu = False  # inference: other constants, and not for every shape
@@ -147,6 +149,15 @@ def quantized(
         bnb_4bit_compute_dtype=dtype or torch.bfloat16, **heads,
     )  # fmt: skip
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def require_packed(model: Any, bits: int, name: str) -> None:
+    """Raises UserError if none of the model's layers is stored in `bits`."""
+    kinds = sorted({type(part).__name__ for part in model.modules() if "weight" in part._parameters})
+    if not {"Linear4bit", "Linear8bitLt"} & set(kinds):
+        raise UserError(
+            f"bits: {bits}: bitsandbytes packs none of the layers of {name} ({', '.join(kinds)}); give it bits 16"
+        )
 
 
 def head_names(model: Any) -> list[str]:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from refusals import assert_refused
 from runs import here, load, tensors
+from toys import llama
 
 from fedpipe_ray import lora
 from fedpipe_ray.costs import Cost
 from fedpipe_ray.demands import demand_of
-from fedpipe_ray.errors import AllEdgesLost
+from fedpipe_ray.errors import AllEdgesLost, UserError
 from fedpipe_ray.facts import facts_of
 from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.loop import Round, federate
@@ -161,6 +162,13 @@ def test_bits_change_between_rounds_and_the_adapter_still_trains(run_file: Path)
         lora.detach(fleet.sites["a"].base)
         sizes[bits] = stored_bytes(fleet.sites["a"].base.model)
     assert sizes[16] > max(sizes[8], sizes[4])  # so small a model's constants weigh more than its weights
+
+
+def test_a_model_that_cannot_be_packed_says_which_layers_it_has() -> None:
+    from fedpipe_ray.model import require_packed
+
+    with pytest.raises(UserError, match=r"bits: 4: bitsandbytes packs none of the layers of x \(Embedding, Linear, "):
+        require_packed(llama(), 4, "x")
 
 
 def test_base_bytes_are_those_of_the_loaded_model(run_file: Path) -> None:

@@ -162,10 +162,10 @@ class FedPipe(LoraMethod):
             raise UserError(str(error)) from None
         if all(found.seconds > deadline * 1.001 for found in chosen.values()):
             rates = ", ".join(f"{edge} {found.under_training:.0%}" for edge, found in chosen.items())
-            log.warning(
-                "method.deadline_seconds: no edge meets %.3g s; under-training rates: %s; the best plan follows",
-                deadline, rates,
-            )  # fmt: skip
+            said = f"method.deadline_seconds: no edge meets {deadline:.3g} s; under-training rates: {rates}"
+            if server.memo.get("said") != said:
+                log.warning("%s; the best plan follows", said)
+            server.memo["said"] = said
         return deadline, chosen
 
     def order_numbers(self, found: EdgePlan, state: Message, server: Site) -> dict[str, float]:
