@@ -67,8 +67,8 @@ class FedPipe(LoraMethod):
     truncate, pad and increment.
     """
 
-    rank: int = 32
-    alpha: float = 64.0
+    rank: int = 16
+    alpha: float = 32.0
     targets: str | list[str] | None = None  # type: ignore[assignment]  # null leaves it to the preset
     preset: Literal["best", "paper"] = "best"
     score: Literal["gradient", "svd", "sensitivity", "sigma", "random"] | None = None
