@@ -31,6 +31,7 @@ from transformers import (
 
 from .errors import UserError
 from .message import DTYPES, Message
+from .packed import digest, packed, source_of
 from .settings import Model
 
 log = logging.getLogger("fedpipe")
@@ -71,11 +72,12 @@ class Base:
 
     @classmethod
     def load(
-        cls, settings: Model, task: str, classes: Sequence[str], seed: int, parcel: Parcel | None = None, bits: int = 16
-    ) -> Base:
+        cls, settings: Model, task: str, classes: Sequence[str], seed: int, parcel: Parcel | None = None,
+        bits: int = 16, identity: str | None = None,
+    ) -> Base:  # fmt: skip
         """The model that `settings` names, or the one in `parcel`; its linear weights in `bits` (16: as model.dtype).
 
-        Raises UserError if it cannot be had.
+        identity: of the weights, where their place does not tell. Raises UserError if it cannot be had.
         """
         device = pick_device(settings.device)
         dtype = pick_dtype(settings.dtype, device)
@@ -85,7 +87,8 @@ class Base:
                     Path(folder, name).write_bytes(content)
                 if bits != 16:
                     save_file(dict(parcel.weights.tensors), Path(folder, "model.safetensors"), {"format": "pt"})
-                    return cls.load(dataclasses.replace(settings, name=folder), task, classes, seed, None, bits)
+                    one = dataclasses.replace(settings, name=folder, trust_remote_code=False)
+                    return cls.load(one, task, classes, seed, None, bits, digest(parcel.weights.tensors))
                 tokenizer = load_tokenizer(Model(name=folder))
                 model = empty_model(Model(name=folder), task, classes, buffers=True)
             model.load_state_dict(dict(parcel.weights.tensors), strict=False, assign=True)
@@ -94,17 +97,12 @@ class Base:
             if stranded:
                 raise UserError(f"model.load: driver left {', '.join(stranded[:3])} empty; use model.load: node")
             return cls(model.to(dtype) if dtype is not None else model, tokenizer, device)
-        torch.manual_seed(seed)  # weights the checkpoint lacks (a classifier's head) start equal everywhere
-        extra = {} if dtype is None else {"dtype": dtype}
-        arguments = {**labels(task, classes), **extra, **quantized(settings, task, classes, bits, device, dtype)}
-        arguments["output_loading_info"] = True
-        model, found = _loading(settings, lambda: KINDS[task].from_pretrained(**_where(settings), **arguments))
-        head = "" if task == "causal" else f"{model.base_model_prefix}."  # a classifier's own head is trained
-        lacking = sorted(name for name in found["missing_keys"] if name.startswith(head))
+        if bits == 16:
+            model, lacking = _weights(settings, task, classes, seed, 16, device, dtype)
+        else:
+            model, lacking = _packed(settings, task, classes, seed, bits, device, dtype, identity)
         if lacking:
             _warn_of_random_weights(settings.name, ", ".join(lacking[:4]))
-        if bits != 16:
-            require_packed(model, bits, settings.name)
         for part in model.modules():
             if hasattr(part, "support_avx512bf16_for_cpu"):  # or the first evaluation there repacks 4-bit weights for
                 part.support_avx512bf16_for_cpu = False  # inference: other constants, and not for every shape
@@ -128,6 +126,44 @@ class Base:
                 tensors[name] = tensor
                 seen.add(tensor.data_ptr())
         return Parcel(files, Message(tensors))
+
+
+def _weights(
+    settings: Model, task: str, classes: Sequence[str], seed: int, bits: int, device: torch.device,
+    dtype: torch.dtype | None,
+) -> tuple[Any, list[str]]:  # fmt: skip
+    """(the model, names of weights that its checkpoint lacks); a classifier's own head is no part of it."""
+    torch.manual_seed(seed)  # weights the checkpoint lacks (a classifier's head) start equal everywhere
+    extra = {} if dtype is None else {"dtype": dtype}
+    arguments = {**labels(task, classes), **extra, **quantized(settings, task, classes, bits, device, dtype)}
+    arguments["output_loading_info"] = True
+    model, found = _loading(settings, lambda: KINDS[task].from_pretrained(**_where(settings), **arguments))
+    if bits != 16:
+        require_packed(model, bits, settings.name)
+    head = "" if task == "causal" else f"{model.base_model_prefix}."
+    return model, sorted(name for name in found["missing_keys"] if name.startswith(head))
+
+
+def _packed(
+    settings: Model, task: str, classes: Sequence[str], seed: int, bits: int, device: torch.device,
+    dtype: torch.dtype | None, identity: str | None,
+) -> tuple[Any, list[str]]:  # fmt: skip
+    """As `_weights`, in 4 or 8 bits, from what this node keeps if its source can be told from another."""
+    place = str(_where(settings)["pretrained_model_name_or_path"])
+    commit = getattr(load_config(settings, task, classes), "_commit_hash", None)
+    source = identity or source_of(place, commit)
+    if source is None or settings.trust_remote_code:
+        return _weights(settings, task, classes, seed, bits, device, dtype)
+    about = {"source": source, "task": task, "classes": list(classes), "seed": seed, "bits": bits, "dtype": dtype}
+    extra = {} if dtype is None else {"dtype": dtype}
+    found: tuple[Any, list[str]] = packed(
+        {**about, "device": device.type},
+        lambda: _weights(settings, task, classes, seed, bits, device, dtype),
+        lambda folder: _loading(
+            settings, lambda: KINDS[task].from_pretrained(folder, device_map={"": device}, **extra)
+        ),
+    )  # fmt: skip
+    return found
 
 
 def quantized(
