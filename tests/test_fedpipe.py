@@ -164,6 +164,16 @@ def test_bits_change_between_rounds_and_the_adapter_still_trains(run_file: Path)
     assert sizes[16] > max(sizes[8], sizes[4])  # so small a model's constants weigh more than its weights
 
 
+def test_an_edge_evaluates_in_the_bits_it_trained_in_also_when_it_is_new(run_file: Path) -> None:
+    run, method, fleet, server = made(run_file, ", bits: [4]")
+    *_, last = federate(method, fleet, server, rounds=1, seed=run.seed)
+    again = SerialFleet(run, method)
+    again.open()
+    assert again.evaluate(last.state, "test") == fleet.evaluate(last.state, "test")
+    assert {site.bits for site in again.sites.values()} == {4}
+    assert server.bits == 16
+
+
 def test_a_model_that_cannot_be_packed_says_which_layers_it_has() -> None:
     from fedpipe_ray.model import require_packed
 

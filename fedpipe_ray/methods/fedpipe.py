@@ -38,7 +38,7 @@ from fedpipe_ray.report import OUT_OF_MEMORY, Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import steps_of
 
-from .base import LoraMethod, arrivals
+from .base import LoraMethod, Weights, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.fleet import Fleet
@@ -277,7 +277,7 @@ class FedPipe(LoraMethod):
         size = {"batch": batch, "accumulate": min(batch, site.run.local.accumulate)}
         own = {name: t for name, t in order.tensors.items() if not name.startswith(TAIL)}
         rest = {name.removeprefix(TAIL): t for name, t in order.tensors.items() if name.startswith(TAIL)}
-        numbers = facts_here(site)
+        numbers = {**facts_here(site), "bits": float(base.bits)}
         if order.numbers["calibrate"]:
             rows = (batch // 4, batch // 2) if batch >= 8 else (1, 2)  # below the batch that is only believed to fit
             length, units = int(numbers["longest"]), math.ceil(numbers["most"])
@@ -297,6 +297,11 @@ class FedPipe(LoraMethod):
         site.train(model, rng, steps=int(order.numbers["steps"]), epochs=None, **size)
         numbers["tokens"] = (site.cost.tokens - before.tokens) / max(1, site.cost.samples - before.samples)
         return Message(lora.read(model), numbers)
+
+    def weights(self, state: Message, site: Site) -> dict[str, Weights]:
+        """The global adapter, on a base in the bits in which this edge last trained; 16 on the server."""
+        site.hold(int(state.numbers.get(f"{site.name}/bits", 16)))
+        return super().weights(state, site)
 
     # -- on the server: aggregation
 
