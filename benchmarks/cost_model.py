@@ -59,7 +59,7 @@ def one(name: str, bits: int, threads: int, folder: Path) -> list[dict[str, Any]
     level = status_bytes("VmRSS")
     base = Base.load(Model(name=str(folder)), task, classes, 0, bits=bits)
     spec = lora.LoraSpec(8, 16, ("all-linear",), task=task)
-    found = calibrate(base, spec, (2, 6), LENGTH)
+    found = calibrate(base, spec, ((2, LENGTH), (6, LENGTH)))
     rows = []
     for batch, rank in TRIALS:
         other = lora.LoraSpec(rank, 2 * rank, ("all-linear",), task=task)

@@ -52,6 +52,8 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         probes = {name: pool.submit(done, TASK, f"ablation: {name}", 3, 1.0, 0, options, 8) for name in ABLATIONS}
         seconds = {name: probe.result()["round s"] for name, probe in probes.items() if probe.result()}
+        if BEST not in seconds:
+            raise SystemExit("`best` failed, and its time is everybody's")
         for seed in seeds:
             tried = {
                 name: pool.submit(
@@ -61,7 +63,9 @@ def main() -> None:
                 for name, one in seconds.items()
             }  # fmt: skip
             runs |= {(name, seed): run.result() for name, run in tried.items() if run.result()}
-            rows = [row_of(name, runs) for name in seconds if any(own == name for own, _ in runs)]
+            rows = [
+                row_of(name, runs) for name in seconds if any((name, s) in runs and (BEST, s) in runs for s in seeds)
+            ]
             publish("fedpipe_ablations", "FedPipe with one part changed, equal virtual time, validation rows", rows)
 
 
@@ -77,6 +81,7 @@ def row_of(name: str, runs: dict[tuple[str, int], dict[str, Any]]) -> dict[str, 
         "MB up": float(np.mean([run["bytes_up"] for run, _ in pairs])) / 1e6,
         "k trainable": float(np.mean([run["trainable"] for run, _ in pairs])) / 1e3,
         "memory of capacity": max(run["memory"] for run, _ in pairs),
+        "commits": " ".join(sorted({run["commit"] for run, _ in pairs})),
         "lost": f"{sum(run['lost'] for run, _ in pairs)} of {sum(run['edge rounds'] for run, _ in pairs)}",
     }  # fmt: skip
 

@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ import numpy as np
 import yaml
 
 from benchmarks.table import RESULTS, commit, publish
-from fedpipe_ray.config import build
+from clusters import find_profiles
+from fedpipe_ray.config import build, load_run
+from fedpipe_ray.methods import make_method
 from fedpipe_ray.settings import Profile
 
 ROOT = Path(__file__).parent.parent
@@ -61,15 +64,29 @@ COMMON = [f"fleet.profiles={FLEET}", "fleet.ray=false", "local.threads=1", "loca
 LOCK = threading.Lock()
 
 
+def settings_of(task: str, arm: str, rounds: int, rate: float, seed: int, rows: int) -> list[str]:
+    """key=value of one run, its data's place left out."""
+    _, own, more = TASKS[task]
+    return [
+        *more, *COMMON, *ARMS[arm], f"rounds={rounds}", f"seed={seed}",
+        f"local.lr={own * rate * RATE_OF.get(arm, 1.0):.6g}", f"evaluate.rows={rows}",
+        f"evaluate.every={max(1, rounds // 10)}",
+    ]  # fmt: skip
+
+
+def key_of(task: str, settings: list[str]) -> str:
+    """Of a run: its settings, and the method's with its defaults, so that a changed default is another run."""
+    run = load_run(ROOT / TASKS[task][0], settings, find_profiles)
+    text = json.dumps([TASKS[task][0], settings, asdict(make_method(run.method))])  # type: ignore[call-overload]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def done(
     task: str, arm: str, rounds: int, rate: float, seed: int, options: argparse.Namespace, rows: int | None = None
 ) -> dict[str, Any]:
     """One run's figures, from the file or made now; {} if it failed."""
-    example, own, more = TASKS[task]
-    settings = [*more, *COMMON, *ARMS[arm], f"rounds={rounds}", f"seed={seed}"]
-    settings += [f"local.lr={own * rate * RATE_OF.get(arm, 1.0):.6g}", f"evaluate.rows={rows or options.rows}"]
-    settings += [f"evaluate.every={max(1, rounds // 10)}"]
-    key = hashlib.sha256(json.dumps([example, settings]).encode()).hexdigest()[:16]
+    settings = settings_of(task, arm, rounds, rate, seed, rows or options.rows)
+    key, example = key_of(task, settings), TASKS[task][0]
     if task in FILES:
         settings.append(f"data.source={options.data / FILES[task]}")
     with LOCK:
@@ -88,8 +105,10 @@ def done(
     if ended.returncode:
         print(f"{task} / {arm}: {ended.stderr.strip().splitlines()[-1:]}", flush=True)
         return {}
-    record = {"key": key, "task": task, "arm": arm, "rounds": rounds, "rate": rate, "seed": seed, "commit": commit()}
-    record |= {"date": date.today().isoformat(), **figures(out)}
+    record = {
+        "key": key, "task": task, "arm": arm, "rounds": rounds, "rate": rate, "seed": seed,
+        "rows": rows or options.rows, "commit": commit(), "date": date.today().isoformat(), **figures(out),
+    }  # fmt: skip
     with LOCK, DONE.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(f"{task} / {arm}, {rounds} rounds, rate x{rate}, seed {seed}: loss {record['loss'][-1]:.4f}", flush=True)
@@ -114,7 +133,7 @@ def figures(out: Path) -> dict[str, Any]:
         "bytes_up": sum(line["bytes_up"] for line in lines), "bytes_down": sum(line["bytes_down"] for line in lines),
         "trainable": float(np.mean([edge["bytes_up"] / 4 for edge in fine])),
         "under": float(np.mean([max(0.0, 1 - edge["samples"] / planned) for edge in fine])),
-        "memory": max(edge["training_memory_bytes"] / capacity[name] for name, edge in edges if edge["status"] == "ok"),
+        "memory": max(edge["training_memory_bytes"] / capacity[name] for name, edge in edges),
         "lost": len(edges) - len(fine), "edge rounds": len(edges),
     }  # fmt: skip
 
@@ -137,6 +156,8 @@ def compare(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     with ThreadPoolExecutor(options.jobs) as pool:
         probes = {arm: pool.submit(done, task, arm, 3, 1.0, 0, options, rows=8) for arm in options.arms}
         seconds = {arm: probe.result()["round s"] for arm, probe in probes.items() if probe.result()}
+        if "synchronous" not in seconds:
+            raise SystemExit(f"{task}: the synchronous arm failed, and its time is everybody's")
         budget = options.rounds * seconds["synchronous"]
         count = {arm: max(2, round(budget / one)) for arm, one in seconds.items()}
         rates = dict.fromkeys(seconds, 1.0)
@@ -149,14 +170,15 @@ def compare(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
             for arm in seconds:
                 found = {rate: half[arm, rate].result() for rate in RATES}
                 last = {rate: run["loss"][-1] for rate, run in found.items() if run}
-                rates[arm] = min(last, key=lambda rate: last[rate])
+                rates[arm] = min(last, key=lambda rate: last[rate], default=1.0)
         futures = {
             (arm, seed): pool.submit(done, task, arm, count[arm], rates[arm], seed, options)
             for seed in options.seeds
             for arm in seconds
         }
         runs = {key: future.result() for key, future in futures.items()}
-    return [row_of(task, arm, runs, rates[arm], options.seeds) for arm in seconds]
+    ended = [arm for arm in seconds if any(runs[arm, seed] and runs["synchronous", seed] for seed in options.seeds)]
+    return [row_of(task, arm, runs, rates[arm], options.seeds) for arm in ended]
 
 
 def row_of(
@@ -166,7 +188,8 @@ def row_of(
 
     vs sync: paired difference of the final macro loss, and of the worst edge's.
     """
-    pairs = [(runs[arm, seed], runs["synchronous", seed]) for seed in seeds if runs[arm, seed]]
+    both = [(runs[arm, seed], runs["synchronous", seed]) for seed in seeds]
+    pairs = [(mine, other) for mine, other in both if mine and other]
     own = [mine for mine, _ in pairs]
     final = np.array([mine["loss"][-1] for mine in own])
     sooner = [other["clock"][-1] / reached(mine, other["loss"][-1]) for mine, other in pairs]
@@ -176,6 +199,7 @@ def row_of(
 
     return {
         "task": task, "arm": arm, "rounds": own[0]["rounds"], "rate x": rate, "seeds": len(own),
+        "virtual s": float(np.mean([mine["clock"][-1] for mine in own])),
         "loss": float(final.mean()), "+-": float(final.std()),
         "vs sync": float(np.mean([mine["loss"][-1] - other["loss"][-1] for mine, other in pairs])),
         "worst edge": mean("worst"), "its vs sync": float(np.mean([m["worst"] - o["worst"] for m, o in pairs])),
@@ -203,6 +227,7 @@ def main() -> None:
     few = ["synchronous", "capped", "filled", "fedpipe best"]
     options.tasks = options.tasks.split(";") if options.tasks else ["docstrings"] if options.quick else list(TASKS)
     options.arms = options.arms.split(",") if options.arms else few if options.quick else list(ARMS)
+    options.arms = list(dict.fromkeys(["synchronous", *options.arms]))  # its time is everybody's
     options.seeds = [int(seed) for seed in (options.seeds or ("0" if options.quick else "0,1,2")).split(",")]
     options.rounds = options.rounds or (3 if options.quick else 6)
     edges = yaml.safe_load((ROOT / FLEET).read_text())["edges"].values()

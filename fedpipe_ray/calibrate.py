@@ -7,6 +7,7 @@ parameters' bytes. Ours; the paper says only that plans follow from an edge's re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -20,18 +21,23 @@ import numpy as np
 import torch
 
 from . import lora
-from .batches import Batch, sums
+from .batches import Batch, autocast, sums
 from .costs import ADAM_BYTES, PeakMemory, matmul_parameters, training_flops
 from .data.docstrings import cache_folder
 from .message import write_atomically
 from .model import Base, stored_bytes
+from .settings import Local
+from .train import checkpointing
+
+Points = tuple[tuple[int, int], tuple[int, int]]  # two batches, small and large: (rows, tokens of each)
 
 
 @dataclass(frozen=True)
 class Calibration:
     """A line through two measured points, of one model with one adapter, in `bits`.
 
-    Seconds and bytes of a step of `tokens` tokens: fixed + tokens x slope. flops: of a token; trained: parameters.
+    Seconds and bytes of a step of so many tokens: fixed + tokens x slope; both bytes are 0 where memory could not be
+    measured. flops: of a token; trained: parameters; tokens: of the larger batch.
     """
 
     bits: int
@@ -41,12 +47,13 @@ class Calibration:
     bytes_token: float
     flops: float
     trained: int
+    tokens: int
 
-    def seconds(self, tokens: int, flops: float) -> float:
+    def seconds(self, tokens: float, flops: float) -> float:
         """Of a step with an adapter of so many FLOPs a token."""
         return self.seconds_fixed + tokens * self.seconds_token * flops / self.flops
 
-    def memory_bytes(self, tokens: int, trained: int) -> float:
+    def memory_bytes(self, tokens: float, trained: int) -> float:
         """At the peak of a step with so many trained parameters."""
         return self.bytes_fixed + tokens * self.bytes_token + (4 + ADAM_BYTES) * (trained - self.trained)
 
@@ -60,27 +67,35 @@ class Calibration:
         if not all(field.name in numbers for field in fields(cls)):
             return None
         told: dict[str, Any] = {field.name: numbers[field.name] for field in fields(cls)}
-        return cls(**{**told, "bits": int(told["bits"]), "trained": int(told["trained"])})
+        return cls(**{name: int(x) if name in ("bits", "trained", "tokens") else x for name, x in told.items()})
+
+
+def points_for(rows: int, length: int) -> Points:
+    """Two batches below one of `rows` rows that is only believed to fit; of one row, half of it and all of it."""
+    small, large = max(1, rows // 4), max(1, rows // 2)
+    return ((small, length if small < large else max(2, length // 2)), (large, length))
 
 
 def measure(
-    base: Base, spec: lora.LoraSpec, rows: int, length: int, units: int | None = None, steps: int = 2
-) -> tuple[float, int]:
-    """(median seconds of a step, peak training bytes) with `rows` rows of `length` random tokens.
+    base: Base, spec: lora.LoraSpec, rows: int, length: int, units: int | None = None, *,
+    frozen: lora.LoraSpec | None = None, local: Local | None = None, steps: int = 2,
+) -> tuple[float, int]:  # fmt: skip
+    """(median seconds of a step, peak training bytes, 0 if unknown) with `rows` rows of `length` random tokens.
 
-    units: how many of a row's tokens have a label, the last ones; None: all.
+    units: how many of a row's tokens have a label, the last ones; None: all. Trains at rate 0: no weight changes.
     """
-    model = lora.attach(base, spec)
+    model, local = lora.attach(base, spec, frozen), local or Local()
     weights = [p for p in model.parameters() if p.requires_grad]
     batch = _random_batch(base, spec, rows, length, length if units is None else units)
     optimizer = torch.optim.AdamW(weights, lr=0.0)
+    checkpointing(model, local.checkpointing)
     seconds = []
     model.train()
-    sums(model, batch, base.device)  # what is made once, on first use, is no part of a step
-    with PeakMemory(base.device) as peak:
+    with torch.random.fork_rng(), PeakMemory(base.device) as peak:  # dropout must not move what training will draw
         for _ in range(1 + steps):
             began = time.perf_counter()
-            loss, _, _ = sums(model, batch, base.device)
+            with autocast(base.device, local.precision):
+                loss, _, _ = sums(model, batch, base.device)
             (loss / batch.units).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -90,32 +105,35 @@ def measure(
             del loss
     model.eval()
     used = peak.bytes if base.device.type == "cuda" else stored_bytes(base.model) + peak.grown  # the adapter is in it
-    return float(np.median(seconds[1:])), used
+    return float(np.median(seconds[1:])), used if peak.grown else 0
 
 
 def calibrate(
-    base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: int, units: int | None = None
-) -> Calibration:
-    """The line through two batch sizes, measured now."""
-    points = [measure(base, spec, count, length, units) for count in rows]
-    low, high = (count * length for count in rows)
-    seconds_token = max(0.0, (points[1][0] - points[0][0]) / (high - low))
-    bytes_token = max(0.0, (points[1][1] - points[0][1]) / (high - low))
-    model = lora.attach(base, spec)
+    base: Base, spec: lora.LoraSpec, points: Points, units: int | None = None, *, frozen: lora.LoraSpec | None = None,
+    local: Local | None = None,
+) -> Calibration:  # fmt: skip
+    """The line through two batches, measured now."""
+    (t0, m0), (t1, m1) = (measure(base, spec, *point, units, frozen=frozen, local=local) for point in points)
+    low, high = (rows * length for rows, length in points)
+    seconds_token, bytes_token = max(0.0, (t1 - t0) / (high - low)), max(0.0, (m1 - m0) / (high - low))
+    known = m0 > 0 and bytes_token > 0
+    model = lora.attach(base, spec, frozen)
     return Calibration(
-        base.bits, max(0.0, points[0][0] - low * seconds_token), seconds_token, points[0][1] - low * bytes_token,
-        bytes_token, training_flops(model, 1), matmul_parameters(model)[2],
+        base.bits, max(0.0, t0 - low * seconds_token), seconds_token, m0 - low * bytes_token if known else 0.0,
+        bytes_token if known else 0.0, training_flops(model, 1), matmul_parameters(model)[2], high,
     )  # fmt: skip
 
 
 def calibrated(
-    base: Base, spec: lora.LoraSpec, rows: tuple[int, int], length: int, units: int | None = None
-) -> Calibration:
+    base: Base, spec: lora.LoraSpec, points: Points, units: int | None = None, *, frozen: lora.LoraSpec | None = None,
+    local: Local | None = None,
+) -> Calibration:  # fmt: skip
     """As `calibrate`, measured once for this model, adapter, bit-width, thread count and machine, then read again."""
-    gpu = base.device.type == "cuda"
+    gpu, local = base.device.type == "cuda", local or Local()
     about = [
-        base.model.config.to_dict(), asdict(spec), base.bits, rows, length, units, str(base.device),
-        torch.get_num_threads(), platform.node(), platform.machine(), torch.__version__,
+        base.model.config.to_dict(), asdict(spec), asdict(frozen) if frozen else None, base.bits, points, units,
+        local.checkpointing, local.precision, str(base.device), torch.get_num_threads(), platform.node(),
+        platform.machine(), torch.__version__,
         torch.cuda.get_device_name(base.device) if gpu else torch.backends.cpu.get_cpu_capability(),
     ]  # fmt: skip
     name = hashlib.sha256(json.dumps(about, default=str, sort_keys=True).encode()).hexdigest()[:24]
@@ -123,8 +141,9 @@ def calibrated(
     try:
         return Calibration(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        found = calibrate(base, spec, rows, length, units)
-        write_atomically(path, json.dumps(asdict(found)) + "\n")
+        found = calibrate(base, spec, points, units, frozen=frozen, local=local)
+        with contextlib.suppress(OSError):  # measured again next time
+            write_atomically(path, json.dumps(asdict(found)) + "\n")
         return found
 
 

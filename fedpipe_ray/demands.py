@@ -7,11 +7,11 @@ that rank, batch and bits follow from an edge's resources.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +55,11 @@ class Shape:
     def layers(self) -> int:
         """Layers of the model."""
         return len(self.below) - 1
+
+    @property
+    def width(self) -> np.ndarray[Any, Any]:
+        """[keys] parameters of a unit of rank on each weight."""
+        return np.array([key.d_in + key.d_out for key in self.keys], dtype=float)
 
 
 def keys_of(model: Any, spec: lora.LoraSpec) -> tuple[Key, ...]:
@@ -173,24 +178,25 @@ class _OneRow:
 
 def demand_of(
     edge: str, profile: Profile, shape: Shape, facts: Facts, *, rank: int, wire: str, bits: Sequence[int], batch: int,
-    depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int, correction: float = 1.0,
-    capacity_bytes: float = math.inf, measured: Mapping[int, Calibration] = MappingProxyType({}),
-    real: bool = False,
+    depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int, accumulate: int = 1,
+    correction: float = 1.0, capacity_bytes: float = math.inf,
+    measured: Mapping[int, Calibration] = MappingProxyType({}), real: bool = False,
 ) -> Demand:  # fmt: skip
     """What `edge` may do. rank: of the global adapter, whose whole acts on the edge; batch: the largest.
 
-    correction: measured over predicted memory of a round that ran out of it, at least 1; never so much that nothing is
-    left to try. capacity_bytes: beside the profile's. measured: calibrations by bits, with the whole global adapter
-    trained: where there is one, memory comes from it, and with `real` the seconds too, which are else the profile's.
+    accumulate: parts of a batch that are in memory one at a time. correction: measured over predicted memory of a round
+    that ran out of it, at least 1; never so much that nothing is left to try. capacity_bytes: beside the profile's.
+    measured: calibrations by bits: where there is one, memory comes from it, and with `real` the seconds of all bits.
     """
-    width = np.array([key.d_in + key.d_out for key in shape.keys], dtype=float)  # [keys] parameters a unit of rank
-    sent = DTYPES[wire].itemsize
+    width = shape.width
+    sizes = sorted({*[2**power for power in range(int(math.log2(batch)) + 1)], batch}, reverse=True)
     choices = []
-    sizes = [2**power for power in range(int(math.log2(batch)) + 1)]
-    for q in sorted(bits, reverse=True):
-        for b in sorted({*sizes, batch}, reverse=True):
-            one = partial(_choice, shape, facts, profile, width, rank, q, b, measured.get(q), real)
-            choices += [one(depth) for depth in depths]
+    for q, b, depth in itertools.product(sorted(bits, reverse=True), sizes, depths):
+        seconds, each = _seconds(shape, facts, rank, b, depth, profile, _nearest(q, measured) if real else None)
+        parts = math.ceil(b / min(b, accumulate))
+        held = _bytes(shape, facts, rank, q, parts, depth, measured.get(q))
+        none = np.zeros(len(width))
+        choices.append(Choice(q, b, depth, seconds, each * width, none, held, ADAM_BYTES * width, none))
     capacity = min(profile.capacity_bytes, capacity_bytes)
     least = min(choice.memory_bytes + choice.memory_bytes_rank.min() for choice in choices)
     correction = min(correction, max(1.0, (capacity - 2) / least))  # the planner counts whole bytes
@@ -198,6 +204,7 @@ def demand_of(
         replace(one, memory_bytes=correction * one.memory_bytes, memory_bytes_rank=correction * one.memory_bytes_rank)
         for one in choices
     ]
+    sent = DTYPES[wire].itemsize
     fixed = 2 * profile.latency_seconds + 8 * sent * rank * float(width.sum()) / profile.downlink_bps
     return Demand(
         edge, choices, capacity, fixed, 8 * sent * width / profile.uplink_bps,
@@ -205,29 +212,35 @@ def demand_of(
     )  # fmt: skip
 
 
-def _choice(
-    shape: Shape, facts: Facts, profile: Profile, width: np.ndarray[Any, Any], rank: int, bits: int, batch: int,
-    measured: Calibration | None, real: bool, depth: int | None,
-) -> Choice:  # fmt: skip
+def _nearest(bits: int, measured: Mapping[int, Calibration]) -> Calibration | None:
+    """The calibration of these bits, or of the next ones there is: machines differ more than bits do."""
+    return measured[min(measured, key=lambda other: abs(other - bits))] if measured else None
+
+
+def _seconds(
+    shape: Shape, facts: Facts, rank: int, batch: int, depth: int | None, profile: Profile, measured: Calibration | None
+) -> tuple[float, float]:
+    """(seconds of a step that trains nothing yet, seconds that a unit of rank on a weight of width 1 adds)."""
     lowest = 0 if depth is None else max(0, shape.layers - depth)
     reached = np.array([key.layer >= lowest for key in shape.keys])
+    acts = rank * float((shape.width * np.where(reached, 4, 2)).sum())  # the global adapter does, trained or not
+    flops = 2 * shape.below[lowest] + 4 * (shape.products - shape.below[lowest]) + acts  # a token
     tokens = batch * facts.tokens
-    frozen = rank * float((width * np.where(reached, 4, 2)).sum())  # the global adapter acts, trained or not
-    flops = tokens * (2 * shape.below[lowest] + 4 * (shape.products - shape.below[lowest]) + frozen)
-    longest = batch * facts.longest
-    part = 1.0 if depth is None else min(1.0, depth / shape.layers)
     if measured is None:
-        logits = 3 * 4 * batch * facts.most * shape.vocabulary
-        unpacked = shape.largest_bytes if bits != 16 else 0
-        held = shape.context_bytes + shape.base_bytes[bits] + 4 * rank * float(width.sum()) + logits + unpacked
-        held += longest * shape.activation_bytes * part
-    else:
-        held = measured.bytes_fixed - ADAM_BYTES * rank * float(width.sum()) + longest * measured.bytes_token * part
-        held = max(MARGIN * held, shape.base_bytes[bits])
-    started, each = 0.0, 1 / profile.compute_flops  # seconds of a step, and of a FLOP
-    if real and measured is not None:
-        started, each = measured.seconds_fixed, measured.seconds_token / measured.flops
-    none = np.zeros(len(width))
-    return Choice(
-        bits, batch, depth, started + flops * each, tokens * 2 * width * each, none, held, ADAM_BYTES * width, none,
-    )  # fmt: skip
+        return tokens * flops / profile.compute_flops, tokens * 2 / profile.compute_flops
+    return measured.seconds(tokens, flops), tokens * 2 * measured.seconds_token / measured.flops
+
+
+def _bytes(
+    shape: Shape, facts: Facts, rank: int, bits: int, rows: int, depth: int | None, measured: Calibration | None
+) -> float:
+    """Of a step with `rows` of the longest rows that trains nothing yet; a calibration without bytes does not count."""
+    part = 1.0 if depth is None else min(1.0, depth / shape.layers)
+    tokens = rows * facts.longest * part
+    if measured is not None and measured.bytes_token > 0:
+        acting = 4 * measured.trained  # what was trained there acts here
+        return max(MARGIN * (measured.memory_bytes(tokens, 0) + acting), shape.base_bytes[bits])
+    logits = 3 * 4 * rows * facts.terms * shape.vocabulary
+    unpacked = shape.largest_bytes if bits != 16 else 0
+    held = shape.context_bytes + shape.base_bytes[bits] + 4 * rank * float(shape.width.sum()) + logits + unpacked
+    return held + tokens * shape.activation_bytes

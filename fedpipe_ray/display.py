@@ -212,8 +212,8 @@ def comparison(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Table:
 
 
 def plan_table(deadline: float, plans: Mapping[str, EdgePlan]) -> Table:
-    """What each edge is given. weights: how many are adapted, and of which kinds; seconds: of a round, virtual."""
-    title = f"plan: rounds of at most {deadline:.3g} virtual seconds"
+    """What each edge is given. weights: how many are adapted, of which kinds; seconds: of a round, on fleet.clock."""
+    title = f"plan: rounds of at most {deadline:.3g} s"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for name in (
         "edge", "bits", "batch", "steps", "ranks", "weights", "seconds", "MiB of", "capacity", "under-trained"

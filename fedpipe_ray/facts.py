@@ -25,8 +25,7 @@ SCORE, MEAN, SPREAD, CLASS, CALIBRATION = "score.", "mean.", "spread.", "class."
 
 @dataclass(frozen=True)
 class Facts:
-    """An edge's rows. rows: for training; tokens: a row with its padding; longest: tokens; most: loss terms a row, in
-    the batch that has most of them.
+    """An edge's rows. rows: for training; tokens: a row with its padding; longest: tokens; terms: most losses of one.
 
     share: what part of the fleet's data it holds, rare classes counted for more; 1 / edges if all are alike.
     """
@@ -34,7 +33,7 @@ class Facts:
     rows: int
     tokens: float
     longest: int
-    most: float
+    terms: float
     share: float
 
 
@@ -48,9 +47,8 @@ def facts_here(site: Site) -> dict[str, float]:
     if site.task == "classification":
         classes, counts = np.unique([int(wanted[0]) for wanted in labels], return_counts=True)
         numbers |= {f"{CLASS}{c}": float(n * len(rows) / len(seen)) for c, n in zip(classes, counts, strict=True)}
-        return numbers | {"most": 1.0}
-    terms = sorted(int((wanted >= 0).sum()) for wanted in labels)
-    return numbers | {"most": float(np.mean(terms[-site.run.local.batch :]))}
+        return numbers | {"terms": 1.0}
+    return numbers | {"terms": float(max((wanted >= 0).sum() for wanted in labels))}
 
 
 def learn(edge: str, told: Mapping[str, float], numbers: dict[str, float]) -> None:
@@ -84,7 +82,7 @@ def facts_of(edges: Mapping[str, object], numbers: Mapping[str, float], longest:
         share = math.fsum(parts) / len(whole) if "rows" in own and parts else 1 / len(edges)
         found[edge] = Facts(
             int(own.get("rows", 0)), own.get("tokens", longest), int(own.get("longest", longest)),
-            own.get("most", longest), share,
+            own.get("terms", longest), share,
         )  # fmt: skip
     return found
 

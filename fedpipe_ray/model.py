@@ -104,8 +104,9 @@ class Base:
         if lacking:
             _warn_of_random_weights(settings.name, ", ".join(lacking[:4]))
         for part in model.modules():
-            if hasattr(part, "support_avx512bf16_for_cpu"):  # or the first evaluation there repacks 4-bit weights for
-                part.support_avx512bf16_for_cpu = False  # inference: other constants, and not for every shape
+            # Else the first evaluation on such a CPU repacks 4-bit weights: other constants, and not for every shape.
+            if hasattr(part, "support_avx512bf16_for_cpu"):
+                part.support_avx512bf16_for_cpu = False
         return cls(model, load_tokenizer(settings), device, bits)
 
     def writable(self) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .data.docstrings import cache_folder
+from .errors import UserError
 
 log = logging.getLogger("fedpipe")
 
@@ -40,7 +41,12 @@ def packed(about: Mapping[str, Any], pack: Callable[[], tuple[Any, list[str]]], 
         except (OSError, RuntimeError, ValueError) as error:  # no room, or a kind of model that cannot be saved packed
             log.info("%s: packed for this process alone (%s)", folder.parent, error)
             return model, lacking
-    return load(folder), json.loads((folder / NOTE).read_text())["lacking"]
+    try:
+        return load(folder), json.loads((folder / NOTE).read_text())["lacking"]
+    except (UserError, OSError, ValueError) as error:
+        log.warning("%s is damaged (%s): packed anew", folder, error)
+        shutil.rmtree(folder, ignore_errors=True)
+        return pack()
 
 
 def source_of(place: str, commit: str | None) -> list[Any] | None:

@@ -180,9 +180,10 @@ class Profile(Section):
 class FleetSettings(Section):
     """The edge servers. profiles: a YAML file of them; edges: the same inline, or the keys that differ from the file's.
 
-    clock: what plans count in: `virtual` seconds of the profiles, or `real` ones, measured on each edge: then a run
-    does not repeat bit for bit. ray: one Ray actor an edge; false runs them one after another in this process, with the
-    same bits. fraction: share of the available edges asked each round.
+    clock: what FedPipe's plans count in: `virtual` seconds of the profiles, or `real` ones, measured on each edge. What
+    is planned by measured seconds, or memory of an edge with a capacity, repeats where they do. ray: one
+    Ray actor an edge; false runs them one after another in this process, with the same bits. fraction: share of the
+    available edges asked each round.
     """
 
     profiles: str | None = None

@@ -281,6 +281,8 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     site.private = site.private_before(round)
     site.progress.status, site.progress.step = "training", 0
     started = time.perf_counter()
+    if "bits" in order.numbers and site.method.base != "none":
+        site.hold(int(order.numbers["bits"]))  # loaded before memory is measured, whatever was held
     model = None if site.method.base == "none" else site.base.model
     peak, stored = PeakMemory(site.base.device if model else torch.device("cpu")), stored_bytes(model) if model else 0
     try:

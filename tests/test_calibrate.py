@@ -6,19 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fedpipe import made
+from fedpipe_made import made
 from toys import llama
 
-from fedpipe_ray import calibrate, lora
-from fedpipe_ray.calibrate import Calibration, calibrated, measure
+from fedpipe_ray import lora
+from fedpipe_ray.calibrate import Calibration, calibrated, measure, points_for
 from fedpipe_ray.facts import CALIBRATION, calibrations_of
 from fedpipe_ray.message import Message
 from fedpipe_ray.model import Base
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Report
+from fedpipe_ray.settings import Local
 
 LINE = Calibration(
-    bits=8, seconds_fixed=1.0, seconds_token=0.01, bytes_fixed=1000.0, bytes_token=10.0, flops=200.0, trained=50
+    bits=8,
+    seconds_fixed=1.0,
+    seconds_token=0.01,
+    bytes_fixed=1000.0,
+    bytes_token=10.0,
+    flops=200.0,
+    trained=50,
+    tokens=192,
 )
 SPEC = lora.LoraSpec(4, 8, ("all-linear",))
 
@@ -60,20 +68,52 @@ def test_longer_batches_take_more(base: Base) -> None:
     assert many - few > 4 * hidden
 
 
-def test_it_is_measured_once_for_a_model_bits_and_rows(
+def test_points_lie_below_the_batch_or_are_parts_of_its_row() -> None:
+    assert points_for(16, 96) == ((4, 96), (8, 96))
+    assert points_for(4, 96) == ((1, 96), (2, 96))
+    assert points_for(2, 96) == points_for(1, 96) == ((1, 48), (1, 96))
+
+
+def test_it_is_measured_once_for_a_model_bits_and_batches(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Seconds never repeat to the last bit: an equal answer was read, not measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = calibrated(base, SPEC, (1, 2), 16, 8)
+    points = points_for(8, 16)
+    found = calibrated(base, SPEC, points, 8)
     (kept,) = tmp_path.rglob("calibration/*.json")
-    assert calibrated(base, SPEC, (1, 2), 16, 8) == found
-    assert found.trained == sum(p.numel() for p in lora.parameters(lora.attach(base, SPEC)).values())
-    monkeypatch.setattr(calibrate, "calibrate", lambda *_: LINE)
-    assert calibrated(base, SPEC, (1, 2), 16, 8) == found
-    for other in ((1, 4), 16, 8), ((1, 2), 15, 8), ((1, 2), 16, 7):
-        assert calibrated(base, SPEC, *other) == LINE
+    assert calibrated(base, SPEC, points, 8) == found
+    assert (found.trained, found.tokens) == (sum(p.numel() for p in trained(base)), 64)
+    calibrated(base, SPEC, points_for(16, 16), 8)
+    calibrated(base, SPEC, points, 7)
+    calibrated(base, SPEC, points, 8, local=Local(checkpointing=True))
+    assert len(list(tmp_path.rglob("calibration/*.json"))) == 4
     kept.write_text("{")  # damaged
-    assert calibrated(base, SPEC, (1, 2), 16, 8) == LINE
+    again = calibrated(base, SPEC, points, 8)
+    assert calibrated(base, SPEC, points, 8) == again != found
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_else(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert calibrated(base, SPEC, points_for(2, 16)).tokens == 16
+
+
+def test_measuring_changes_neither_weights_nor_what_is_drawn_next(base: Base) -> None:
+    spec = lora.LoraSpec(4, 8, ("all-linear",), dropout=0.5)
+    before = lora.read(lora.attach(base, spec))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    measure(base, spec, 2, 8)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(t, before[name]) for name, t in lora.read(lora.attach(base, spec)).items())
+
+
+def trained(base: Base) -> list[torch.nn.Parameter]:
+    return list(lora.parameters(lora.attach(base, SPEC)).values())
 
 
 def test_an_edge_with_a_capacity_measures_itself_once(run_file: Path) -> None:
@@ -92,10 +132,10 @@ def test_an_edge_with_a_capacity_measures_itself_once(run_file: Path) -> None:
 
 
 def test_a_plan_takes_memory_from_the_line(run_file: Path) -> None:
-    """1.1 (fixed - 12 R width + tokens x slope) + 12 r width, where the whole global adapter was trained."""
+    """1.1 (fixed + tokens x slope - 12 bytes for each of 8000 parameters trained there) + 12 r width."""
     _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
     start = method.start(server, rng_for(0, 0, "start"))
-    line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000)
+    line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, 10**6)
     told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
     state = Message(start.tensors, told)
     width = sum(key.d_in + key.d_out for key in method.shape(server).keys)
@@ -103,14 +143,36 @@ def test_a_plan_takes_memory_from_the_line(run_file: Path) -> None:
     plan = method.configure(state, fleet.edges, server)[1]["b"]
     rank = max(plan.ranks.values())
     assert len(plan.ranks) == len(method.shape(server).keys)
-    expected = 1.1 * (5e6 - 12 * 8 * width + plan.batch * longest * 3e4) + 12 * rank * width
+    expected = 1.1 * (5e6 - 12 * 8000 + plan.batch * longest * 3e4) + 12 * rank * width
     assert plan.memory_bytes == pytest.approx(expected, abs=len(plan.ranks) + 1)
+
+
+def test_a_line_without_bytes_leaves_memory_to_the_formula(run_file: Path) -> None:
+    """Where a system does not say what a process takes, both points are alike."""
+    _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
+    start = method.start(server, rng_for(0, 0, "start"))
+    line = Calibration(16, 0.5, 0.002, 0.0, 0.0, 1e6, 8000, 10**6)
+    told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
+    found = method.configure(Message(start.tensors, told), fleet.edges, server)[1]["b"]
+    assert found == method.configure(start, fleet.edges, server)[1]["b"]
+
+
+def test_a_batch_far_above_the_measured_one_is_measured_again(run_file: Path) -> None:
+    """Four times 5 tokens hold no batch of 4 rows of 5."""
+    for tokens, again in ((4, 1.0), (5, 0.0)):
+        _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
+        start = method.start(server, rng_for(0, 0, "start"))
+        line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, tokens)
+        told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
+        state = Message(start.tensors, {**told, "b/longest": 5.0})
+        order = method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan"))["b"]
+        assert (order.numbers["batch"], order.numbers["calibrate"]) == (4, again)
 
 
 def test_the_real_clock_plans_with_measured_seconds(run_file: Path) -> None:
     """The longer a step was measured to be, the longer the plan; the profile's FLOP/s no longer matter."""
-    slow = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000)
-    fast = Calibration(16, 0.25, 0.001, 5e6, 3e4, 1e6, 8000)
+    slow = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, 10**6)
+    fast = Calibration(16, 0.25, 0.001, 5e6, 3e4, 1e6, 8000, 10**6)
 
     def planned(line: Calibration, *overrides: str) -> float:
         _, method, fleet, server = made(run_file, ", bits: [16], steps: equal", *overrides)

@@ -11,7 +11,7 @@ EDGES = dict.fromkeys(("a", "b"))
 
 def test_an_edge_that_told_nothing_has_long_rows_and_a_fair_share() -> None:
     known = facts_of(EDGES, {}, longest=96)
-    assert (known["a"].tokens, known["a"].longest, known["a"].most, known["a"].share) == (96, 96, 96, 0.5)
+    assert (known["a"].tokens, known["a"].longest, known["a"].terms, known["a"].share) == (96, 96, 96, 0.5)
 
 
 def test_a_share_of_rows() -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fedpipe_made import FEDPIPE, made
 from refusals import assert_refused
 from runs import here, load, tensors
 from toys import llama
 
 from fedpipe_ray import lora
-from fedpipe_ray.costs import Cost
 from fedpipe_ray.demands import demand_of
-from fedpipe_ray.errors import AllEdgesLost, UserError
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import facts_of
 from fedpipe_ray.fleet import SerialFleet
-from fedpipe_ray.loop import Round, federate
+from fedpipe_ray.loop import federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.methods.fedpipe import FedPipe
@@ -27,25 +26,13 @@ from fedpipe_ray.partial import TAIL, joined, misfit, names_of, part_of, whole_o
 from fedpipe_ray.probe import ranks_of
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.record import RunFolder
-from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.report import Report
 from fedpipe_ray.run import server_site
-from fedpipe_ray.settings import Run
 from fedpipe_ray.site import Site
 
 TOKENS = torch.tensor([[3, 9, 17, 5, 10], [4, 4, 11, 12, 8]])  # [rows, length]
-FEDPIPE = "method={name: fedpipe, rank: 8, alpha: 16%s}"
 STACK: dict[str, Any] = {"join": "stack", "weigh": "equal", "rank": 8}
 UNEVEN = "fleet.edges.c.uplink_bps=20kbit/s"  # so slow that its rank must be low
-
-
-def made(run_file: Path, more: str = "", *overrides: str) -> tuple[Run, FedPipe, SerialFleet, Site]:
-    """A run of FedPipe, its fleet opened."""
-    run = load(run_file, FEDPIPE % more, *overrides)
-    method = make_method(run.method)
-    assert isinstance(method, FedPipe)
-    fleet = SerialFleet(run, method)
-    fleet.open()
-    return run, method, fleet, server_site(run, method, [])
 
 
 def random_state(method: FedPipe, server: Site) -> Message:
@@ -209,50 +196,6 @@ def test_planned_seconds_are_those_that_the_clock_then_counts(run_file: Path, ra
     ).choices  # fmt: skip
     counted = (choice.step_seconds + rank * choice.step_seconds_rank.sum()) * profile.compute_flops * cost.samples
     assert counted == pytest.approx(cost.flops, rel=0.02)  # the plan takes the first weight's input for trained too
-
-
-def test_an_edge_that_ran_out_of_memory_gets_less(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _, method, fleet, server = made(run_file, "", "fleet.edges.b.training_memory_bytes=1GiB")
-    state = method.start(server, rng_for(0, 0, "start"))
-    lost = Lost("b", "out of memory: host memory", cost=Cost(training_memory_bytes=3 * 2**30))
-    reports = [report if report.edge != "b" else lost for report in fleet.run(
-        method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan")), 0)]  # fmt: skip
-    after = method.aggregate(state, reports, server, 0, rng_for(0, 0, "aggregate"))
-    _, before = method.configure(state, fleet.edges, server)
-    _, then = method.configure(after, fleet.edges, server)
-    assert after.numbers["b/memory"] >= 3 * 2**30 / before["b"].memory_bytes
-    assert (then["b"].bits, then["b"].batch) < (before["b"].bits, before["b"].batch)
-    assert then["b"].memory_bytes <= 2**30  # something is always left to try
-    assert "edge b ran out of memory: it took 3072 MiB" in caplog.text
-
-
-def test_an_edge_without_a_declared_capacity_shows_where_it_ends(run_file: Path) -> None:
-    """A GPU says by an error alone how much it has."""
-    _, method, fleet, server = made(run_file)
-    state = method.start(server, rng_for(0, 0, "start"))
-    _, before = method.configure(state, fleet.edges, server)
-    numbers = method.corrections(state, fleet.edges, [Lost("b", "out of memory: CUDA")], server)
-    assert numbers["b/capacity"] == before["b"].memory_bytes
-    _, then = method.configure(Message(state.tensors, numbers), fleet.edges, server)
-    assert then["b"].memory_bytes <= numbers["b/capacity"]
-    assert then["b"].batch < before["b"].batch
-    assert (then["a"].batch, then["a"].ranks) == (before["a"].batch, before["a"].ranks)
-
-
-def test_a_fleet_that_always_runs_out_of_memory_gets_less_until_nothing_is_left(
-    run_file: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """The rounds go on without a change of the adapter, until every edge has its smallest plan."""
-    run, method, fleet, server = made(run_file, "", *[f"fleet.edges.{e}.training_memory_bytes=1GiB" for e in "abc"])
-    state = method.start(server, rng_for(0, 0, "start"))
-    for site in fleet.sites.values():
-        site.__dict__["profile"] = dataclasses.replace(site.profile, training_memory_bytes=1)  # less than it said
-    done: list[Round] = []
-    with pytest.raises(AllEdgesLost):
-        done.extend(federate(method, fleet, server, rounds=99, seed=run.seed))
-    assert 1 < len(done) < 30
-    assert all(torch.equal(done[-1].state.tensors[name], tensor) for name, tensor in state.tensors.items())
-    assert "its plan is the smallest there is" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,16 @@ def test_another_checkpoint_in_the_same_place_is_packed_anew(model_dir: Path, ca
     assert len(kept(cache)) == 2
 
 
+def test_a_damaged_file_is_packed_anew(model_dir: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = {name: tensor.clone() for name, tensor in loaded(model_dir, 4).model.named_parameters()}
+    (folder,) = kept(cache)
+    (folder / "model.safetensors").unlink()  # not overwritten: a mapping of it may still be alive
+    (folder / "model.safetensors").write_bytes(b"x")
+    again = dict(loaded(model_dir, 4).model.named_parameters())
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    assert "packed anew" in caplog.text
+
+
 def test_a_shipped_model_is_known_by_its_weights(model_dir: Path, cache: Path) -> None:
     parcel = loaded(model_dir, 16).parcel()
     loaded(model_dir, 4, parcel)

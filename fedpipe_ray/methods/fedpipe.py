@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from fedpipe_ray import importance, lora, planning
-from fedpipe_ray.calibrate import calibrated
+from fedpipe_ray.calibrate import calibrated, points_for
 from fedpipe_ray.demands import Shape, demand_of, shape_of
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import CALIBRATION, Facts, calibrations_of, facts_here, facts_of, learn, protected, smoothed
@@ -61,7 +61,7 @@ class FedPipe(LoraMethod):
     rank, alpha: of the global adapter; the scale alpha / rank is every edge's. targets: the candidates (null: all
     linear weights; attention alone with `preset: paper`). score, tie, solver, steps, weigh: null = the preset's. scope:
     each edge by its own scores, or by the fleet's. refresh_every: rounds between scorings. bits: what an edge may use.
-    deadline_seconds: of a round on the virtual clock (null: searched). communication: share of it that the upload may
+    deadline_seconds: of a round on fleet.clock (null: searched). communication: share of it that the upload may
     take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest, and over those
     that local.steps plans. depth: whether a slow edge may adapt its top layers alone. join: stack, or the baselines
     truncate, pad and increment.
@@ -126,7 +126,7 @@ class FedPipe(LoraMethod):
     def configure(
         self, state: Message, edges: Mapping[str, Profile], server: Site
     ) -> tuple[float, dict[str, EdgePlan]]:
-        """(deadline in virtual seconds, a plan for every edge). Raises UserError for an edge that nothing fits."""
+        """(deadline in seconds of fleet.clock, plans of all edges). Raises UserError for an edge that nothing fits."""
         shape, local = self.shape(server), server.run.local
         facts = facts_of(edges, state.numbers, server.run.data.max_length)
         scores = {edge: np.array(list(self.scores(edge, state, shape, facts).values())) for edge in edges}  # [keys]
@@ -135,13 +135,14 @@ class FedPipe(LoraMethod):
         depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
 
         def demand(edge: str, profile: Profile, most: float) -> planning.Demand:
-            ceiling = max(floors[edge], int(min(most, self.step_ratio * planned[edge])))
+            ceiling = max(floors[edge], math.ceil(min(most, self.step_ratio * planned[edge])))
             return demand_of(
                 edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
                 bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned[edge],
                 min_steps=floors[edge], max_steps=ceiling, correction=state.numbers.get(f"{edge}/memory", 1.0),
                 capacity_bytes=state.numbers.get(f"{edge}/capacity", math.inf),
                 measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
+                accumulate=local.accumulate,
             )  # fmt: skip
 
         def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
@@ -150,14 +151,17 @@ class FedPipe(LoraMethod):
                 lam=self.penalty, communication_share=self.communication,
             )  # fmt: skip
 
+        def bounded(deadline: float, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
+            fewest = min(found.steps * found.batch for found in plans(deadline, solver=solver).values())
+            return plans(deadline, self.step_ratio * fewest / local.batch, solver)
+
         try:
             deadline = self.deadline_seconds
             if deadline is None:  # exact plans are a second each: the search does with greedy ones
                 quick = "greedy" if self.of("solver") == "exact" else self.of("solver")
-                samples = sum(planned.values()) * local.batch if self.of("steps") == "filled" else math.inf
-                deadline, _ = planning.search_deadline(partial(plans, solver=quick), samples)
-            fewest = min(found.steps for found in plans(deadline).values())
-            chosen = plans(deadline, self.step_ratio * fewest)
+                rows = sum(planned.values()) * local.batch if self.of("steps") == "filled" else math.inf
+                deadline, _ = planning.search_deadline(partial(bounded, solver=quick), rows)
+            chosen = bounded(deadline)
         except ValueError as error:
             raise UserError(str(error)) from None
         if all(found.seconds > deadline * 1.001 for found in chosen.values()):
@@ -169,11 +173,14 @@ class FedPipe(LoraMethod):
         return deadline, chosen
 
     def order_numbers(self, found: EdgePlan, state: Message, server: Site) -> dict[str, float]:
-        """A plan's scalars, and whether the edge has yet to measure itself in these bits."""
-        known = found.bits in calibrations_of(found.edge, state.numbers)
+        """A plan's scalars, and whether the edge shall measure itself: it has not in these bits, or on far less."""
+        known = calibrations_of(found.edge, state.numbers).get(found.bits)
+        longest = facts_of({found.edge: None}, state.numbers, server.run.data.max_length)[found.edge].longest
+        rows = math.ceil(found.batch / min(found.batch, server.run.local.accumulate))
+        far = known is None or rows * longest > 4 * known.tokens
         needed = server.run.fleet.clock == "real" or found.capacity_bytes < math.inf
         return {
-            "bits": found.bits, "batch": found.batch, "steps": found.steps, "calibrate": float(needed and not known),
+            "bits": found.bits, "batch": found.batch, "steps": found.steps, "calibrate": float(needed and far),
         }  # fmt: skip
 
     def survey(self, fleet: Fleet, server: Site) -> tuple[float, dict[str, EdgePlan]]:
@@ -253,18 +260,19 @@ class FedPipe(LoraMethod):
         _, plans = self.configure(state, edges, server)
         for lost in overfull:
             edge, planned, took = lost.edge, plans[lost.edge], lost.cost.training_memory_bytes
-            end = planned.capacity_bytes if planned.capacity_bytes < math.inf else took or planned.memory_bytes
-            factor = max(1.1, took / planned.memory_bytes, 1.001 * end / planned.memory_bytes)  # the plan is too large
-            new = {f"{edge}/memory": factor * state.numbers.get(f"{edge}/memory", 1.0), f"{edge}/capacity": end}
-            less = self.configure(Message(state.tensors, {**state.numbers, **new}), edges, server)[1][edge]
-            told = f"took {took / 2**20:.0f} MiB" if took else "did not say what it took"
-            if (less.bits, less.batch, less.ranks) == (planned.bits, planned.batch, planned.ranks):
+            limit = planned.capacity_bytes if planned.capacity_bytes < math.inf else took or planned.memory_bytes
+            factor = max(1.1, took / planned.memory_bytes, 1.001 * limit / planned.memory_bytes)  # so it does not fit
+            factor *= state.numbers.get(f"{edge}/memory", 1.0)
+            raised = {f"{edge}/memory": factor, f"{edge}/capacity": max(limit, planned.memory_bytes)}
+            _, after = self.configure(Message(state.tensors, {**state.numbers, **raised}), edges, server)
+            now, told = after[edge], f"took {took / 2**20:.0f} MiB" if took else "did not say what it took"
+            if (now.bits, now.batch, now.ranks) == (planned.bits, planned.batch, planned.ranks):
                 log.warning("edge %s ran out of memory (it %s), and its plan is the smallest there is", edge, told)
                 continue
-            found |= new
+            found |= raised
             log.warning(
                 "edge %s ran out of memory: it %s, planned were %.0f; it now gets %d bits and batch %d, not %d and %d",
-                edge, told, planned.memory_bytes / 2**20, less.bits, less.batch, planned.bits, planned.batch,
+                edge, told, planned.memory_bytes / 2**20, now.bits, now.batch, planned.bits, planned.batch,
             )  # fmt: skip
         return found
 
@@ -272,24 +280,24 @@ class FedPipe(LoraMethod):
 
     def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
         """The trained factors, facts about the rows, and every candidate's score where the order asks for it."""
-        base, spec = site.hold(int(order.numbers["bits"])), self.spec(site)
+        base, spec, local = site.hold(int(order.numbers["bits"])), self.spec(site), site.run.local
         batch = int(order.numbers["batch"])
-        size = {"batch": batch, "accumulate": min(batch, site.run.local.accumulate)}
+        size = {"batch": batch, "accumulate": min(batch, local.accumulate)}
         own = {name: t for name, t in order.tensors.items() if not name.startswith(TAIL)}
         rest = {name.removeprefix(TAIL): t for name, t in order.tensors.items() if name.startswith(TAIL)}
+        trained = lora.LoraSpec.uneven(spec, ranks_of(own))
+        frozen = lora.LoraSpec.uneven(spec, ranks_of(rest)) if rest else None
         numbers = {**facts_here(site), "bits": float(base.bits)}
-        if order.numbers["calibrate"]:
-            rows = (batch // 4, batch // 2) if batch >= 8 else (1, 2)  # below the batch that is only believed to fit
-            length, units = int(numbers["longest"]), math.ceil(numbers["most"])
-            measured = calibrated(base, spec, rows, length, units).numbers()
-            numbers |= {f"{CALIBRATION}{base.bits}.{name}": value for name, value in measured.items()}
         if order.numbers["score"]:
             heads = {name: tensor for name, tensor in own.items() if ".lora_" not in name}
             numbers |= probe(site, spec, whole_of(order.tensors), heads, self.of("score"), size, rng)
+        if order.numbers["calibrate"]:
+            points = points_for(math.ceil(batch / size["accumulate"]), int(numbers["longest"]))
+            found = calibrated(base, trained, points, int(numbers["terms"]), frozen=frozen, local=local)
+            numbers |= {f"{CALIBRATION}{base.bits}.{name}": value for name, value in found.numbers().items()}
         if "survey" in order.numbers:
             return Message({}, numbers)
-        frozen = lora.LoraSpec.uneven(spec, ranks_of(rest)) if rest else None
-        model = lora.attach(base, lora.LoraSpec.uneven(spec, ranks_of(own)), frozen)
+        model = lora.attach(base, trained, frozen)
         lora.load(model, own)
         if frozen is not None:
             lora.load(model, rest, frozen=True)
@@ -328,6 +336,8 @@ class FedPipe(LoraMethod):
         for report, message in arrivals(noted(), partial(misfit, state=state.tensors)):
             updates[report.edge], samples[report.edge] = message, report.weight
             learn(report.edge, message.numbers, numbers)
+            if any(name.startswith(CALIBRATION) for name in message.numbers):
+                numbers.pop(f"{report.edge}/memory", None)  # it corrected what is now measured
         if overfull:
             edges = {edge: server.run.fleet.edges[edge] for edge in asked}
             numbers |= self.corrections(state, edges, overfull, server)

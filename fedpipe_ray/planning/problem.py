@@ -55,8 +55,8 @@ class Demand:
     """One edge. fixed_seconds: what a round takes whatever the plan; transfer_seconds_rank: [keys] a unit of rank.
 
     steps: planned ones. With `batch` they are batches of that size, and a smaller batch plans more of them for the same
-    samples; without, they hold for every choice. rows is for tables. min_steps and max_steps bound what a mode does.
-    max_rank: the largest that counts.
+    samples; without, they hold for every choice. min_steps and max_steps bound what a mode does, and mean batches of
+    that size as `steps` does. rows is for tables. max_rank: the largest that counts.
     """
 
     edge: str
@@ -119,7 +119,7 @@ class Problem:
         self.keys, self.demand, self.deadline, self.lam = keys, demand, deadline_seconds, lam
         self.ranks = np.minimum(RANKS, demand.max_rank)  # those above are one and the same
         choices, rank = demand.choices, self.ranks.astype(float)
-        self.planned = np.array([math.ceil(demand.steps * (demand.batch or c.batch) / c.batch) for c in choices])
+        self.planned = np.array([self.batches(demand.steps, c.batch) for c in choices])
         self.start = demand.fixed_seconds + self.planned * np.array([c.step_seconds for c in choices])
         self.room = np.floor(demand.capacity_bytes) - np.ceil([c.memory_bytes for c in choices])
         layer = np.array([key.layer for key in keys])
@@ -150,6 +150,10 @@ class Problem:
                 f"{demand.capacity_bytes / 2**30:.4g} GiB; give it more memory or a smaller model"
             )
 
+    def batches(self, steps: int, batch: int) -> int:
+        """How many batches of this size hold the rows of so many of the reference size."""
+        return math.ceil(steps * (self.demand.batch or batch) / batch)
+
     def under(self, seconds: Any) -> Any:
         """The under-training rate of rounds of `seconds`, any shape."""
         return np.maximum(0.0, 1 - self.deadline / seconds)
@@ -179,7 +183,8 @@ class Problem:
         demand, of = self.demand, self.demand.choices[found.choice]
         other, step = self.round_seconds(found)
         planned = int(self.planned[found.choice])
-        steps = count_steps(mode, planned, demand.min_steps, demand.max_steps, (self.deadline - other) / step)
+        least, most = (self.batches(n, of.batch) for n in (demand.min_steps, demand.max_steps))
+        steps = count_steps(mode, planned, least, most, (self.deadline - other) / step)
         return EdgePlan(
             edge=demand.edge,
             bits=of.bits,

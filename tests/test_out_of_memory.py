@@ -1,0 +1,105 @@
+"""FedPipe on edges that run out of memory: the round is lost, the next plan takes less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fedpipe_made import made
+
+from fedpipe_ray.costs import Cost
+from fedpipe_ray.errors import AllEdgesLost, UserError
+from fedpipe_ray.fleet import SerialFleet
+from fedpipe_ray.loop import Round, federate
+from fedpipe_ray.message import Message
+from fedpipe_ray.methods.fedpipe import FedPipe
+from fedpipe_ray.randomness import rng_for
+from fedpipe_ray.report import Lost
+from fedpipe_ray.settings import Run
+from fedpipe_ray.site import Site
+
+
+def test_an_edge_that_ran_out_of_memory_gets_less(run_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, method, fleet, server = made(run_file, "", "fleet.edges.b.training_memory_bytes=1GiB")
+    state = method.start(server, rng_for(0, 0, "start"))
+    lost = Lost("b", "out of memory: host memory", cost=Cost(training_memory_bytes=3 * 2**30))
+    reports = [report if report.edge != "b" else lost for report in fleet.run(
+        method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan")), 0)]  # fmt: skip
+    after = method.aggregate(state, reports, server, 0, rng_for(0, 0, "aggregate"))
+    _, before = method.configure(state, fleet.edges, server)
+    _, then = method.configure(after, fleet.edges, server)
+    assert after.numbers["b/memory"] >= 3 * 2**30 / before["b"].memory_bytes
+    assert (then["b"].bits, then["b"].batch) < (before["b"].bits, before["b"].batch)
+    assert then["b"].memory_bytes <= 2**30  # something is always left to try
+    assert "edge b ran out of memory: it took 3072 MiB" in caplog.text
+
+
+def test_an_edge_without_a_declared_capacity_shows_where_it_ends(run_file: Path) -> None:
+    """A GPU says by an error alone how much it has."""
+    _, method, fleet, server = made(run_file)
+    state = method.start(server, rng_for(0, 0, "start"))
+    _, before = method.configure(state, fleet.edges, server)
+    numbers = method.corrections(state, fleet.edges, [Lost("b", "out of memory: CUDA")], server)
+    assert numbers["b/capacity"] == before["b"].memory_bytes
+    _, then = method.configure(Message(state.tensors, numbers), fleet.edges, server)
+    assert then["b"].memory_bytes <= numbers["b/capacity"]
+    assert then["b"].batch < before["b"].batch
+    assert (then["a"].batch, then["a"].ranks) == (before["a"].batch, before["a"].ranks)
+
+
+@pytest.mark.parametrize("took", [0, 1, 2**40])
+def test_corrections_always_leave_a_plan(run_file: Path, took: int) -> None:
+    """Whatever an edge says it took when it failed; asked with one other."""
+    _, method, fleet, server = made(run_file)
+    state = method.start(server, rng_for(0, 0, "start"))
+    asked = {name: fleet.edges[name] for name in "bc"}
+    lost = Lost("b", "out of memory: x", cost=Cost(training_memory_bytes=took))
+    for _ in range(9):
+        found = method.corrections(state, asked, [lost], server)
+        if not found:
+            break
+        state = Message(state.tensors, {**state.numbers, **found})
+    assert not found
+    plan = method.configure(state, asked, server)[1]["b"]
+    assert (plan.bits, plan.batch, set(plan.ranks.values())) == (8, 1, {1})  # so small a model's 4 bits take more
+
+
+class Cramped(FedPipe):
+    """Never has enough memory."""
+
+    def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
+        raise MemoryError("a test's")
+
+
+def cramped(run_file: Path) -> tuple[Run, Cramped, SerialFleet, Site]:
+    run, like, _, server = made(run_file, "", *[f"fleet.edges.{e}.training_memory_bytes=1GiB" for e in "abc"])
+    method = Cramped(rank=like.rank, alpha=like.alpha)
+    fleet = SerialFleet(run, method)
+    fleet.open()
+    return run, method, fleet, server
+
+
+def test_a_survey_asks_again_with_less_and_then_says_who_has_no_room(
+    run_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, method, fleet, server = cramped(run_file)
+    with pytest.raises(UserError, match="edge a: out of memory: a test's"):
+        method.survey(fleet, server)
+    assert "planned were 129; it now gets 16 bits and batch 2, not 16 and 4" in caplog.text
+    assert "its plan is the smallest there is" in caplog.text
+
+
+def test_a_fleet_that_always_runs_out_of_memory_gets_less_until_nothing_is_left(
+    run_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The rounds go on without a change of the adapter, until every edge has its smallest plan."""
+    run, method, fleet, server = cramped(run_file)
+    state = method.start(server, rng_for(0, 0, "start"))
+    done: list[Round] = []
+    with pytest.raises(AllEdgesLost):
+        done.extend(federate(method, fleet, server, rounds=99, seed=run.seed))
+    assert 1 <= len(done) < 9
+    assert all(torch.equal(done[-1].state.tensors[name], tensor) for name, tensor in state.tensors.items())
+    assert "its plan is the smallest there is" in caplog.text
