@@ -36,8 +36,8 @@ from fedpipe_ray.model import Base, stored_bytes
 from fedpipe_ray.settings import Model
 
 MODELS: dict[str, Any] = {
-    "llama 12 x 576": lambda: LlamaForCausalLM(LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=9, num_key_value_heads=3,
+    "llama 14 x 576": lambda: LlamaForCausalLM(LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=14, num_attention_heads=9, num_key_value_heads=3,
         vocab_size=8192, tie_word_embeddings=True,
     )),
     "gpt2 6 x 768": lambda: GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=768, n_head=12, vocab_size=12000)),

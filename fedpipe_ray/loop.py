@@ -49,8 +49,8 @@ class Round:
 
     @property
     def virtual_seconds(self) -> float:
-        """What this round would take on the declared profiles: that of the slowest edge."""
-        return max((report.cost.virtual_seconds for report in self.reports), default=0.0)
+        """What this round would take on the profiles: that of the slowest edge, a lost one as far as it got."""
+        return max((outcome.cost.virtual_seconds for outcome in self.outcomes.values()), default=0.0)
 
     @property
     def bytes_up(self) -> int:

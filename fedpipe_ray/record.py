@@ -224,7 +224,7 @@ def round_record(done: Round) -> dict[str, Any]:
             "peak_memory_bytes": cost.peak_memory_bytes, "training_memory_bytes": cost.training_memory_bytes,
             "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down,
         }  # fmt: skip
-    slowest = max(done.reports, key=lambda report: report.cost.virtual_seconds, default=None)
+    slowest = max(done.outcomes.values(), key=lambda outcome: outcome.cost.virtual_seconds, default=None)
     return {
         "round": done.number + 1,
         "train_loss": done.train_loss,

@@ -305,4 +305,6 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     except Exception as error:  # whatever a method does wrong stays on its edge
         reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     site.progress.status = "lost"
-    return Lost(site.name, reason, trace, dataclasses.replace(site.cost, seconds=time.perf_counter() - started)), None
+    virtual = virtual_seconds(site.profile, site.cost.flops, site.cost.bytes_down, 0)
+    spent = dataclasses.replace(site.cost, seconds=time.perf_counter() - started, virtual_seconds=virtual)
+    return Lost(site.name, reason, trace, spent), None
