@@ -25,7 +25,7 @@ def publish(name: str, question: str, rows: Sequence[Mapping[str, Any]], **facts
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
         table.add_row(*[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()])
-    Console(width=140).print(table)
+    Console(width=max(140, 12 * len(rows[0]))).print(table)
     record = {
         "question": question,
         "date": date.today().isoformat(),
