@@ -147,14 +147,14 @@ def a_round(*outcomes: Report | Lost) -> Round:
 
 
 def test_figures_of_a_round_by_hand() -> None:
-    """Loss (10 x 1 + 30 x 3) / 40 = 2.5; a lost edge counts only with the bytes that were sent to it."""
+    """Loss (10 x 1 + 30 x 3) / 40 = 2.5; a lost edge counts with the bytes sent to it and its time."""
     done = a_round(
         Report("a", 0, 10, 1.0, Cost(bytes_up=5, bytes_down=7, virtual_seconds=2.0)),
         Lost("b", "gone", cost=Cost(bytes_up=100, bytes_down=7, virtual_seconds=9.0)),
         Report("c", 0, 30, 3.0, Cost(bytes_up=6, bytes_down=8, virtual_seconds=4.0)),
     )
     assert [report.edge for report in done.reports] == ["a", "c"]
-    assert (done.train_loss, done.virtual_seconds, done.bytes_up, done.bytes_down) == (2.5, 4.0, 11, 22)
+    assert (done.train_loss, done.virtual_seconds, done.bytes_up, done.bytes_down) == (2.5, 9.0, 11, 22)
 
 
 def test_a_round_without_reports_has_no_loss() -> None:
