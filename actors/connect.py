@@ -6,6 +6,9 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 LOCAL = {
@@ -18,6 +21,7 @@ ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 KNOCK_SECONDS = 10.0
+_begun: list[Future[bool]] = []  # the `connect` that `starting` began
 
 
 def set_environment(address: str | None) -> str | None:
@@ -42,8 +46,33 @@ def connect(address: str | None) -> bool:
     """Connects this process to Ray; True if the cluster is ours to end. Raises ConnectionError with the remedy.
 
     Without an address, and outside a job, a cluster is started on this machine. With an address the code of this
-    project is shipped; inside a job the job's own `--working-dir` does that.
+    project is shipped; inside a job the job's own `--working-dir` does that. Waits for what `starting` began.
     """
+    return _begun.pop().result() if _begun else _connect(address)
+
+
+@contextmanager
+def starting(address: str | None) -> Iterator[None]:
+    """Starts a private cluster while the block does other things, for the `connect` after it; an error ends it.
+
+    Ray's start is mostly waiting: beside the driver's imports it costs two seconds instead of nine.
+    """
+    if set_environment(address) is not None or _begun:
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        _begun.append(pool.submit(_connect, address))
+        try:
+            yield
+        except BaseException:
+            if _begun and _begun.pop().result():
+                import ray
+
+                ray.shutdown()
+            raise
+
+
+def _connect(address: str | None) -> bool:
     address = set_environment(address)
     import ray
 

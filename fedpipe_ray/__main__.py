@@ -123,6 +123,15 @@ def siblings() -> None:
             )
 
 
+def starting_ray(run: Run) -> contextlib.AbstractContextManager[None]:
+    """Ray, if the run wants it, starts while the block imports torch and looks at the model."""
+    if not run.fleet.ray:
+        return contextlib.nullcontext()
+    from actors.connect import starting
+
+    return starting(run.fleet.address)
+
+
 def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
     """Ray actors, or this process."""
     if run.fleet.ray:
@@ -180,16 +189,17 @@ def new_folder(run: Run, options: argparse.Namespace) -> Path:
 def command_run(options: argparse.Namespace) -> None:
     """A new run."""
     run = load(options.config, options.overrides)
-    from .config import training_hash
-    from .display import Display
-    from .record import RunFolder
-    from .run import Experiment, preflight
-
-    display = Display(run.track.display)
     path = new_folder(run, options)
-    RunFolder.check_free(path)
-    method = preflight(run)
-    folder = RunFolder.create(path, run)
+    with starting_ray(run):
+        from .config import training_hash
+        from .display import Display
+        from .record import RunFolder
+        from .run import Experiment, settled
+
+        display = Display(run.track.display)
+        RunFolder.check_free(path)
+        run, method = settled(run)
+        folder = RunFolder.create(path, run)
     set_up_logging(display, path / "log.txt")
     display.note(f"run folder {path}")
     try:

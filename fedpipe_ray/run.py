@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import signal
@@ -54,6 +55,18 @@ def preflight(run: Run) -> Method:
         else:
             check(site)
     return method
+
+
+def settled(run: Run) -> tuple[Run, Method]:
+    """A new run with every hyperparameter of its method written down, so that no later default changes it, and that.
+
+    Raises UserError as `preflight` does.
+    """
+    method = preflight(run)
+    if not dataclasses.is_dataclass(method):
+        return run, method
+    whole = json.loads(json.dumps(dataclasses.asdict(method)))  # tuples are lists in a run file
+    return dataclasses.replace(run, method={"name": run.method["name"], **whole}), method
 
 
 class Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from own_methods import Held
 from runs import ROOT, assert_same, belonging, command, env, fedpipe, here, tensors, tiny_run
 
 from fedpipe_ray.message import Message
@@ -334,3 +336,9 @@ def test_ray_run_killed_and_resumed(
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same(tensors(folder), tensors(whole))
     assert repeatable(folder) == repeatable(whole)
+
+
+def test_a_run_keeps_every_setting_of_its_method(whole: Path) -> None:
+    """Also those it left to their defaults: a later version's default must not change a run that goes on."""
+    written = yaml.safe_load((whole / "config.yaml").read_text())["method"]
+    assert {"name", *(field.name for field in dataclasses.fields(Held))} == written.keys()
