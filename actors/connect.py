@@ -7,9 +7,10 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every listener on loopback
@@ -19,9 +20,10 @@ LOCAL = {
 ALWAYS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an edge without GPU sees none
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # as in fedpipe_ray/__main__.py, for programs that start elsewhere
 }
 KNOCK_SECONDS = 10.0
-_begun: list[Future[bool]] = []  # the `connect` that `starting` began
+_begun: list[bool] = []  # what the `connect` of `starting` gave, until another takes it
 
 
 def set_environment(address: str | None) -> str | None:
@@ -46,33 +48,10 @@ def connect(address: str | None) -> bool:
     """Connects this process to Ray; True if the cluster is ours to end. Raises ConnectionError with the remedy.
 
     Without an address, and outside a job, a cluster is started on this machine. With an address the code of this
-    project is shipped; inside a job the job's own `--working-dir` does that. Waits for what `starting` began.
+    project is shipped; inside a job the job's own `--working-dir` does that. Takes what `starting` began.
     """
-    return _begun.pop().result() if _begun else _connect(address)
-
-
-@contextmanager
-def starting(address: str | None) -> Iterator[None]:
-    """Starts a private cluster while the block does other things, for the `connect` after it; an error ends it.
-
-    Ray's start is mostly waiting: beside the driver's imports it costs two seconds instead of nine.
-    """
-    if set_environment(address) is not None or _begun:
-        yield
-        return
-    with ThreadPoolExecutor(1) as pool:
-        _begun.append(pool.submit(_connect, address))
-        try:
-            yield
-        except BaseException:
-            if _begun and _begun.pop().result():
-                import ray
-
-                ray.shutdown()
-            raise
-
-
-def _connect(address: str | None) -> bool:
+    if _begun:
+        return _begun.pop()
     address = set_environment(address)
     import ray
 
@@ -95,6 +74,30 @@ def _connect(address: str | None) -> bool:
             f"(RAY_AUTH_MODE is {mode}; it must be that of the cluster)"
         ) from error
     return False
+
+
+@contextmanager
+def starting(address: str | None) -> Iterator[None]:
+    """Starts a private cluster, for the `connect` to come, while a thread imports what a run needs; an error ends it.
+
+    One waits and the other computes, so together they take as long as the imports. Ray starts in the thread that stays:
+    the kernel ends its processes with the thread that made them.
+    """
+    if set_environment(address) is not None or _begun:
+        yield
+        return
+    imports = Thread(target=import_module, args=("fedpipe_ray.run",))
+    imports.start()
+    _begun.append(connect(address))
+    imports.join()
+    try:
+        yield
+    except BaseException:
+        if _begun and _begun.pop():
+            import ray
+
+            ray.shutdown()
+        raise
 
 
 def knock(address: str) -> None:

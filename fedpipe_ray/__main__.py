@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from .settings import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled; bitsandbytes' decorators would load the compiler, 1.5 s a process
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -85,7 +89,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Exit codes: 0 done, 1 a bug, 2 bad input, 3 every edge lost, 128 + signal when stopped."""
     options = parse(arguments)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         siblings()
         return int(COMMANDS[options.command](options) or 0)

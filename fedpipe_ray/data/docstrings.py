@@ -43,7 +43,7 @@ LARGE_PACKAGES = ("torch", "transformers", "ray", "sympy", "numpy", "scipy", "pa
 
 Progress = Callable[[str, int, int], None]  # package, files read, files in all
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-_HOLDERS = (ast.stmt, ast.ExceptHandler, ast.match_case)  # what can hold a definition
+_HOLD = ("body", "handlers", "cases", "orelse", "finalbody")  # fields of statements, in their order
 _SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\betc)(?<!\bvs)\.(?=\s|$)")
 
 
@@ -207,13 +207,16 @@ def _docstrings_of(file: str, tree: ast.Module) -> list[_Docstring]:
 
 
 def _documentable(tree: ast.Module) -> Iterator[ast.Module | _Definition]:
-    """The module, its functions and classes in the order of the file; ast.walk would spend its time on expressions."""
+    """The module, its functions and classes in the order of the file; ast.walk would spend its time on expressions.
+
+    Only statements are looked into, and what can hold a definition there stands in these five lists.
+    """
     stack: list[ast.AST] = [tree]
     while stack:
         node = stack.pop()
         if isinstance(node, ast.Module | _Definition):
             yield node
-        stack.extend(c for c in reversed([*ast.iter_child_nodes(node)]) if isinstance(c, _HOLDERS))
+        stack.extend(reversed([child for name in _HOLD for child in getattr(node, name, ())]))
 
 
 def _signature(node: ast.Module | _Definition) -> str:
