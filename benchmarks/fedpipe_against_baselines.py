@@ -5,7 +5,8 @@
 Every arm gets the virtual time of the synchronous uniform arm; rounds follow from the arm's own third round. The rate
 is tuned per arm on validation rows: three values, one seed, half the time; the runs that are judged then use the best.
 Runs that are done stay in results/fedpipe_runs.jsonl and are not repeated (remove a line to measure it anew), those
-that were ended go on from benchmarks/.cache. FOLDER holds ag_news.csv and e2e_devset.csv.
+that were ended go on from benchmarks/.cache; rows of tasks and arms that are not asked for stay in the table. FOLDER
+holds ag_news.csv and e2e_devset.csv.
 """
 
 from __future__ import annotations
@@ -234,10 +235,13 @@ def main() -> None:
     speeds = [build(Profile, edge).compute_flops for edge in edges]
     ceiling = float(np.mean(speeds) / min(speeds))
     print(f"mean over slowest speed, the ceiling: {ceiling:.2f}", flush=True)
-    rows: list[dict[str, Any]] = []
+    name = "fedpipe_against_baselines" + ("_quick" if options.quick else "")
+    kept = RESULTS / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text())["rows"] if kept.exists() else []
     for task in options.tasks:
-        rows += compare(task, options)
-        name = "fedpipe_against_baselines" + ("_quick" if options.quick else "")
+        found = compare(task, options)
+        again = {row["arm"] for row in found}
+        rows = [row for row in rows if row["task"] != task or row["arm"] not in again] + found
         publish(
             name, "FedPipe against its baselines, equal virtual time, validation rows", rows, seeds=options.seeds,
             ceiling=ceiling,
