@@ -48,7 +48,7 @@ class Recipe:
     positions: int = 512
     batch: int = 8
     tokens: int = 128
-    steps: int = 670
+    steps: int = 600
     warmup_steps: int = 30
     matrix_rate: float = 1e-2
     matrix_momentum: float = 0.95
@@ -64,7 +64,7 @@ RECIPES = {"tiny-llama": Recipe()}
 
 
 def builtin_model(
-    name: str = "tiny-llama", progress: Progress | None = None, steps: int = 670, threads: int | None = None
+    name: str = "tiny-llama", progress: Progress | None = None, steps: int = 600, threads: int | None = None
 ) -> Path:
     """The folder of a built-in model in Hugging Face layout, pretrained on first use and then cached.
 

@@ -1,6 +1,7 @@
 """builtin:docstrings on a package written for the test: 60 files that share sentences, so that every rule is met."""
 
 import gc
+import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -115,6 +116,21 @@ def test_a_changed_file_is_read_again(package: Path) -> None:
     (package / "new.py").write_text('def fresh():\n    """Came after the first call."""\n')
     assert read_pairs("made").num_rows == before.num_rows + (split_of("made", "new.py") != "")
     assert pairs_hash(read_pairs("made")) != pairs_hash(before)
+
+
+def test_a_large_package_gives_the_same_files_wherever_it_stands(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most MAX_FILES of it, the drawn ones not being those that come first."""
+    monkeypatch.setattr(docstrings, "MAX_FILES", 20)
+    drawn = set(read_pairs("made")["file"].to_pylist())
+    assert 10 < len(drawn) <= 20
+    assert drawn != set(sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py"))[:20])
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(package, moved / "made")
+    monkeypatch.syspath_prepend(str(moved))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    assert set(read_pairs("made")["file"].to_pylist()) == drawn
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "other rows"])
