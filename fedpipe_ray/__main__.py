@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
-    "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled; bitsandbytes' decorators would load the compiler, 1.5 s a process
+    "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled, and bitsandbytes would load the compiler: 1.5 s a process
 }
 
 
