@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
+
+from .knock import knock
 
 LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every listener on loopback
@@ -22,7 +23,6 @@ ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",  # as in fedpipe_ray/__main__.py, for programs that start elsewhere
 }
-KNOCK_SECONDS = 10.0
 _begun: list[bool] = []  # what the `connect` of `starting` gave, until another takes it
 
 
@@ -41,33 +41,41 @@ def set_environment(address: str | None) -> str | None:
         if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token":
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         return None
+    if not inside_job():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     return address
 
 
-def connect(address: str | None) -> bool:
-    """Connects this process to Ray; True if the cluster is ours to end. Raises ConnectionError with the remedy.
+def inside_job() -> bool:
+    """Whether Ray itself started this process, as the entrypoint of a job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
-    Without an address, and outside a job, a cluster is started on this machine. With an address the code of this
-    project is shipped; inside a job the job's own `--working-dir` does that. Takes what `starting` began.
+
+def connect(address: str | None) -> bool:
+    """Connects this process to Ray; True if the cluster is ours to end.
+
+    Raises UserError with the remedy, or ConnectionError where Ray itself fails. Without an address, and outside a job,
+    a cluster is started on this machine. With an address the code of this project is shipped; inside a job the job's
+    own `--working-dir` does that. Takes what `starting` began.
     """
     if _begun:
         return _begun.pop()
     address = set_environment(address)
     import ray
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         return False
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if address is not None and not inside_job():
+        knock(address)
     try:
-        if address is not None and not inside_job:
-            knock(address)
         if address is None:
             ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return True
-        code = None if inside_job else {"working_dir": str(Path(__file__).resolve().parent.parent)}
-        where = None if inside_job else address
+        code = None if inside_job() else {"working_dir": str(Path(__file__).resolve().parent.parent)}
+        where = None if inside_job() else address
         ray.init(address=where, runtime_env=code, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (AuthenticationError, OSError, RuntimeError, ValueError) as error:
         mode = os.environ.get("RAY_AUTH_MODE", "unset")
         raise ConnectionError(
             f"fleet.address: no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]} "
@@ -81,9 +89,13 @@ def starting(address: str | None) -> Iterator[None]:
     """Starts a private cluster, for the `connect` to come, while a thread imports what a run needs; an error ends it.
 
     One waits and the other computes, so together they take as long as the imports. Ray starts in the thread that stays:
-    the kernel ends its processes with the thread that made them.
+    the kernel ends its processes with the thread that made them. At a cluster elsewhere it only knocks, and raises
+    UserError.
     """
-    if set_environment(address) is not None or _begun:
+    address = set_environment(address)
+    if address is not None and not inside_job():
+        knock(address)  # before the imports: who is not let in need not wait for them
+    if address is not None or _begun:
         yield
         return
     imports = Thread(target=import_module, args=("fedpipe_ray.run",))
@@ -98,10 +110,3 @@ def starting(address: str | None) -> Iterator[None]:
 
             ray.shutdown()
         raise
-
-
-def knock(address: str) -> None:
-    """Raises OSError if nobody listens at HOST:PORT; Ray itself would try for minutes."""
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if colon and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()

@@ -1,0 +1,73 @@
+"""Ray heads of a test's own, on loopback, with the authentication or the encryption that the test asks for."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from runs import belonging, env
+
+RAY = Path(sys.executable).with_name("ray")
+PORTS = [
+    "port", "node-manager-port", "object-manager-port", "dashboard-agent-grpc-port", "dashboard-agent-listen-port",
+    "metrics-export-port", "runtime-env-agent-port", "ray-client-server-port",
+]  # fmt: skip
+
+
+def plain_environment(home: Path, **changes: str) -> dict[str, str]:
+    """Ours with a home of its own and none of Ray's settings but loopback, so that nothing is explicit by accident."""
+    kept = {name: value for name, value in env().items() if not name.startswith("RAY_")}
+    own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(home)}
+    return {**kept, **own, **changes}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of which nobody listened on any just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+@contextmanager
+def head(folder: Path, **settings: str) -> Iterator[str]:
+    """The address of a private head, which is ended by its own process ids. settings: its environment."""
+    ports = free_ports(len(PORTS) + 12)
+    flags = [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=False)]
+    log = folder / "head.log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [
+                str(RAY), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", *flags,
+                "--worker-port-list=" + ",".join(map(str, ports[len(PORTS) :])), f"--temp-dir={folder}",
+                "--include-dashboard=false", "--disable-usage-stats",
+            ],
+            cwd=folder, env=plain_environment(folder, **settings), stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    try:
+        _wait_until_up(process, log)
+        yield f"127.0.0.1:{ports[0]}"
+    finally:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in {*family, *belonging(folder)}:
+            if member.is_running():
+                member.kill()
+        process.wait()
+
+
+def _wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until `ray start` says that it started; at most two minutes."""
+    deadline = time.monotonic() + 120
+    while "Ray runtime started" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
