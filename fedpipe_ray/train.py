@@ -1,15 +1,20 @@
-"""The local step: every gradient step of every method goes through `train`."""
+"""The local step: every gradient step of every method goes through `train`.
+
+Where torch.distributed has a process group, as on an edge with several GPUs, all its processes call `train` with the
+same arguments; each computes its share of every batch, gradients are summed, and all end with the same weights.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import distributed
 
 from .batches import Rows, autocast, batches_of_like_length, collate, sums
 from .errors import DivergedError
@@ -61,12 +66,15 @@ def train(
 ) -> Trained:
     """Trains the parameters of `model` that require gradients for one round; AdamW starts fresh every round.
 
-    The gradient of a step is that of the mean over all its loss terms, however `accumulate` splits the batch.
+    The gradient of a step is that of the mean over all its loss terms, however `accumulate` and a process group split
+    the batch; tokens and loss are those of the whole batch on every process.
     on_step(step, steps, loss, tokens) is called after every step. Raises DivergedError on a loss or gradient that is
     not finite.
     """
     steps = steps_of(local, len(rows))
-    weights = [p for p in model.parameters() if p.requires_grad]
+    weights, (rank, ranks) = [p for p in model.parameters() if p.requires_grad], process_group()
+    if ranks > 1:
+        torch.manual_seed(torch.initial_seed() + rank)  # other rows, another dropout
     optimizer = torch.optim.AdamW(weights, lr=local.lr, weight_decay=local.weight_decay, fused=device.type != "mps")
     total_loss, units, tokens, seconds = 0.0, 0, 0, []
     checkpointing(model, local.checkpointing)
@@ -76,15 +84,20 @@ def train(
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(local, round * steps + step, rounds * steps)
-            parts = np.array_split(drawn, local.accumulate)
-            batches = [collate(rows, list(part), pad_id, classifier) for part in parts]
-            terms = sum(batch.units for batch in batches)
+            parts = np.array_split(drawn[rank::ranks], local.accumulate)  # strided: rows of a batch rise in length
+            batches = [collate(rows, list(part), pad_id, classifier) for part in parts if len(part)]
+            terms, passed = summed_over_group(
+                device, sum(batch.units for batch in batches), sum(batch.tokens.numel() for batch in batches)
+            )
             loss = 0.0
             for batch in batches:
                 with autocast(device, local.precision):
                     summed, _, _ = sums(model, batch, device)
                 (summed / terms).backward()
                 loss += float(summed.detach()) / terms
+            if ranks > 1:
+                (loss,) = summed_over_group(device, loss)
+                sum_gradients(weights)
             norm = torch.nn.utils.clip_grad_norm_(weights, local.clip)
             if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
                 raise DivergedError(
@@ -92,8 +105,7 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            total_loss, units = total_loss + loss * terms, units + terms
-            tokens += sum(batch.tokens.numel() for batch in batches)
+            total_loss, units, tokens = total_loss + loss * terms, units + int(terms), tokens + int(passed)
             seconds.append(time.perf_counter() - started)
             on_step(step + 1, steps, loss, tokens)
     finally:
@@ -101,6 +113,40 @@ def train(
         optimizer.zero_grad(set_to_none=True)
     typical = float(np.median(seconds[1:] or seconds))
     return Trained(steps * local.batch, steps, tokens, total_loss / max(1, units), typical)
+
+
+def process_group() -> tuple[int, int]:
+    """(rank, processes) of the group this process trains in; (0, 1) alone."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def summed_over_group(device: torch.device, *values: float) -> list[float]:
+    """Each value summed over the processes of the group; the values themselves in a process alone."""
+    if process_group()[1] == 1:
+        return list(values)
+    totals = torch.tensor(values, dtype=torch.float64, device=device)
+    distributed.all_reduce(totals)
+    return [float(total) for total in totals]
+
+
+def sum_gradients(weights: Sequence[torch.Tensor], bucket_bytes: int = 32 * 2**20) -> None:
+    """Replaces every gradient by its sum over the group, in messages of about `bucket_bytes`.
+
+    A process without a row of the batch has no gradient and takes part with zeros.
+    """
+    bucket: list[torch.Tensor] = []
+    for index, weight in enumerate(weights):
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        bucket.append(weight.grad)
+        following = weights[index + 1].dtype if index + 1 < len(weights) else None
+        if sum(g.numel() * g.element_size() for g in bucket) >= bucket_bytes or following != weight.dtype:
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            distributed.all_reduce(flat)
+            for gradient, total in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                gradient.copy_(total.view_as(gradient))
+            bucket = []
 
 
 def gradients(

@@ -1,6 +1,7 @@
 """Methods that a user might bring: found by name on the path, like `--method.name own_methods:Held`."""
 
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from fedpipe_ray import lora
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods.lora import Lora
+from fedpipe_ray.train import process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,4 +56,17 @@ class Slow(Lora):
         if "HOLD" in os.environ and site.round == 1:
             Path(os.environ["HOLD"], "held").touch()
             site.train(lora.attach(site.base, self.spec(site)), rng, steps=10**7)
+        return super().local_update(order, site, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mortal(Lora):
+    """LoRA whose edge a loses the second of its processes in its second round, unless the file `killed` is there."""
+
+    killed: str = ""
+
+    def local_update(self, order, site, rng):
+        if (site.name, site.round, process_group()[0]) == ("a", 1, 1) and not Path(self.killed).exists():
+            Path(self.killed).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().local_update(order, site, rng)
