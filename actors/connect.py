@@ -15,6 +15,7 @@ from .knock import knock
 
 LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every listener on loopback
+    "GLOO_SOCKET_IFNAME": "lo",  # and those of edges of several processes
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_preload_python_modules": "torch,transformers,peft",
 }
