@@ -23,7 +23,7 @@ from fedpipe_ray.settings import Profile, Run
 from fedpipe_ray.site import Progress, Ready
 
 from .connect import connect
-from .edge import EdgeActor
+from .parallel import actor_kind
 from .placement import Node, actor_options, unplaceable
 
 log = logging.getLogger("fedpipe")
@@ -134,10 +134,12 @@ class RayFleet:
 
     def _start(self, name: str) -> None:
         """Makes the actor of an edge; its process imports and loads while we go on."""
-        options = actor_options(name, self.edges[name])
-        kind = ray.remote(EdgeActor).options(max_concurrency=2, **options)  # the second thread answers `progress`
-        self.actors[name] = kind.remote(
-            name, self.run_settings, self.method, str(self.private_dir) if self.private_dir else None
+        profile = self.edges[name]
+        kind, options = actor_kind(profile, actor_options(name, profile))
+        self.actors[name] = (
+            ray.remote(kind)
+            .options(**options)
+            .remote(name, self.run_settings, self.method, str(self.private_dir) if self.private_dir else None)
         )
 
     def _load_parcel(self) -> None:

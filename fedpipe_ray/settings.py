@@ -132,15 +132,16 @@ class Data(Section):
 class Profile(Section):
     """One edge server: what Ray reserves for it, and what the virtual clock believes of it.
 
-    gpus: fraction of one GPU, or a number of GPUs; gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host
-    memory Ray reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together;
-    a round that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a
-    second; latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ
-    here, or just a source. private_dir: where its private state rests, in a folder named as the run folder (default:
-    in that).
+    gpus: fraction of one GPU, or a number of GPUs, on which it then trains data-parallel, a process a GPU; workers: so
+    many processes without GPUs. gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host memory Ray
+    reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together; a round
+    that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
+    latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ here, or
+    just a source. private_dir: where its private state rests, in a folder named as the run folder (default: in that).
     """
 
     gpus: float = 0.0
+    workers: int = 1
     gpu_memory_bytes: Bytes | None = None
     cpus: float = 1.0
     memory_bytes: Bytes | None = None
@@ -165,6 +166,11 @@ class Profile(Section):
         require(
             self.gpus <= 1 or self.gpus == int(self.gpus),
             f"gpus: {self.gpus} must be a fraction below 1 or a whole number",
+        )
+        require(self.workers >= 1, f"workers: {self.workers} must be at least 1")
+        require(
+            self.workers == 1 or self.gpus in (0, self.workers),
+            f"workers: {self.workers} processes on {self.gpus:g} gpus; there is one a GPU, so leave workers out",
         )
         memories = ("memory_bytes", "gpu_memory_bytes", "training_memory_bytes")
         for name in ("compute_flops", "uplink_bps", "downlink_bps", *memories):
