@@ -2,12 +2,13 @@
 
 The edge's actor computes nothing. It posts each call of the fleet; the processes fetch it, carry it out on a Site of
 their own with the same generator, average their gradients (fedpipe_ray/train.py), and the first one's answer is the
-edge's. The group is started once: a start costs what a new edge costs, imports and loading, and about two seconds of
-Ray Train's own (benchmarks/LOG.md), too much for every round.
+edge's. The group is started once, for a start costs what that of any edge costs, imports and loading, and more: too
+much for every round.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
@@ -240,10 +241,15 @@ def scaling(profile: Profile) -> dict[str, Any]:
     return {
         "num_workers": count,
         "use_gpu": profile.gpus > 0,
-        "resources_per_worker": {name: amount / count for name, amount in parts.items() if amount > 0},
+        "resources_per_worker": {key: part for key, amount in parts.items() if (part := share(amount, count)) > 0},
         "placement_strategy": "STRICT_PACK",
         "label_selector": dict(profile.labels) or None,
     }
+
+
+def share(amount: float, count: int) -> float:
+    """One of `count` equal parts, in the steps of 0.0001 that Ray counts in, rounded down so that all fit."""
+    return math.floor(amount / count * 1e4 + 1e-6) / 1e4
 
 
 def actor_kind(profile: Profile, options: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
