@@ -129,8 +129,14 @@ def siblings() -> None:
 
 
 def starting_ray(run: Run) -> contextlib.AbstractContextManager[None]:
-    """Ray, if the run wants it, starts while the block imports torch and looks at the model."""
-    if not run.fleet.ray:
+    """Ray, if the run wants it, starts while the block imports torch and looks at the model.
+
+    Not where the built-in model must be pretrained first: beside Ray's processes that takes a quarter longer.
+    """
+    from .data.docstrings import cache_folder
+
+    cached = not run.model.name.startswith("builtin:") or any((cache_folder() / "models").glob("llama-*"))
+    if not (run.fleet.ray and cached):
         return contextlib.nullcontext()
     from actors.connect import starting
 

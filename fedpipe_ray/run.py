@@ -70,21 +70,24 @@ def settled(run: Run) -> tuple[Run, Method]:
 
 
 class Experiment:
-    """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next."""
+    """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next.
+
+    Pretrains the built-in model if it is not in the cache, before the fleet takes its share of the machine.
+    """
 
     def __init__(self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
         self.run, self.method, self.folder, self.display = run, method, folder, display
+        name = run.model.name
+        if name.startswith("builtin:") and method.base != "none":
+            with display.task("pretraining the built-in model, once") as bar:
+                builtin_model(name.removeprefix("builtin:"), lambda n, steps, loss: bar(n, steps, f"loss {loss:.2f}"))
         display.note("starting the edge servers" + (" on Ray" if run.fleet.ray else " in this process"))
         self.fleet = make_fleet(run, self.method, folder.path / "private")
         self.point = Checkpoint(Start(Message()), "", {})
         self.server = server_site(run, self.method, [])
 
     def open(self) -> list[Ready]:
-        """Pretrains the built-in model if it is not in the cache; preflight on the edges. Raises EdgeError."""
-        name = self.run.model.name
-        if name.startswith("builtin:") and self.method.base != "none":
-            with self.display.task("pretraining the built-in model, once") as bar:
-                builtin_model(name.removeprefix("builtin:"), lambda n, steps, loss: bar(n, steps, f"loss {loss:.2f}"))
+        """Preflight on the edges. Raises EdgeError."""
         with self.display.watching(self.fleet):
             ready = self.fleet.open()
         self.display.edges(self.run, ready)
