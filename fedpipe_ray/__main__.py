@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .display import Display
     from .fleet import Fleet
     from .methods.base import Method
+    from .run import Experiment
     from .settings import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -128,17 +129,15 @@ def set_up_logging(display: Display, file: Path | None) -> None:
     warnings.filterwarnings("ignore", module="peft")
 
 
-def new_folder(run: Run, options: argparse.Namespace) -> Path:
-    """Where a run goes: --out, the configuration's `out`, or runs/ with name and time."""
-    if options.out is not None:
-        return Path(options.out)
-    return Path(run.out) if run.out else Path("runs") / f"{options.config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_folder(run: Run, options: argparse.Namespace) -> str:
+    """Path or URL where a run goes: --out, the configuration's `out`, or runs/ with name and time."""
+    return options.out or run.out or f"runs/{options.config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def command_run(options: argparse.Namespace) -> None:
     """A new run."""
     run = load(options.config, options.overrides)
-    path = new_folder(run, options)
+    place = new_folder(run, options)
     with starting_ray(run):
         from .config import training_hash
         from .display import Display
@@ -146,22 +145,22 @@ def command_run(options: argparse.Namespace) -> None:
         from .run import Experiment, settled
 
         display = Display(run.track.display)
-        RunFolder.check_free(path)
+        RunFolder.check_free(place)
         run, method = settled(run)
-        folder = RunFolder.create(path, run)
-    set_up_logging(display, path / "log.txt")
-    display.note(f"run folder {path}")
+        folder = RunFolder.create(place, run)
+    set_up_logging(display, folder.path / "log.txt")
+    display.note(f"run folder {folder.name}")
     try:
         experiment = Experiment(run, method, folder, make_fleet, display)
         with closing(experiment.fleet):
             experiment.begin(training_hash(run))
-            summary = go_on(experiment, display, path)
+            summary = go_on(experiment, display)
     except BaseException:
         folder.discard_if_not_begun()
         raise
     finally:
         folder.close()
-    display.finish(summary, str(path))
+    display.finish(summary, folder.name)
 
 
 def command_resume(options: argparse.Namespace) -> None:
@@ -173,27 +172,29 @@ def command_resume(options: argparse.Namespace) -> None:
     with contextlib.closing(RunFolder.open(options.folder)) as folder:
         run = folder.run(options.overrides)
         display = Display(run.track.display)
+        set_up_logging(display, None)
         folder.lock()
         set_up_logging(display, folder.path / "log.txt")
         point = folder.load_checkpoint()
         run = extended(run, folder, point)
         for change in environment_changes(folder, run):
             logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
-        display.note(f"resuming {folder.path} after round {point.start.round}")
+        display.note(f"resuming {folder.name} after round {point.start.round}")
         experiment = Experiment(run, preflight(run), folder, make_fleet, display)
         with closing(experiment.fleet):
             experiment.resume(point)
             folder.rewrite_config(run)
-            summary = go_on(experiment, display, folder.path)
-    display.finish(summary, str(folder.path))
+            summary = go_on(experiment, display)
+    display.finish(summary, folder.name)
 
 
-def go_on(experiment: Any, display: Display, path: Path) -> dict[str, Any]:
+def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
     """The rounds that are left; says how to resume when they are stopped."""
     try:
         return dict(experiment.finish())
     except (Interrupted, AllEdgesLost, KeyboardInterrupt):
-        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {path}")
+        place = experiment.folder.name
+        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {place}")
         raise
 
 
@@ -217,16 +218,16 @@ def command_evaluate(options: argparse.Namespace) -> None:
     from .display import Display, comparison
     from .results import evaluate_adapter, evaluate_run
 
-    display = Display()
+    display, path = Display(), Path(options.what)
     set_up_logging(display, None)
-    if (options.what / "config.yaml").is_file():
+    if "://" in options.what or (path / "config.yaml").is_file():
         base, tuned = evaluate_run(options.what, options.overrides, options.data, make_fleet, display)
-    elif (options.what / "adapter_config.json").is_file():
+    elif (path / "adapter_config.json").is_file():
         if options.config is None or options.data is None:
             raise UserError(
                 f"{options.what} is an adapter; say how rows are read and which: --config CONFIG --data SOURCE"
             )
-        base, tuned = evaluate_adapter(options.what, load(options.config, options.overrides), options.data, display)
+        base, tuned = evaluate_adapter(path, load(options.config, options.overrides), options.data, display)
     else:
         raise UserError(
             f"{options.what} is neither a run folder (config.yaml) nor a PEFT adapter (adapter_config.json)"
@@ -244,6 +245,28 @@ def command_export(options: argparse.Namespace) -> None:
     clean_up_on_sigterm()
     what = export_run(options.folder, options.out, options.merge)
     display.note(f"wrote the {what} to {options.out}")
+
+
+def command_submit(options: argparse.Namespace) -> int:
+    """A run as a job of a cluster; returns the exit code of its driver."""
+    run = load(options.config, options.overrides)  # a mistake shows here, before anything is sent
+    config = options.config.resolve()
+    if not config.is_relative_to(REPOSITORY):
+        raise UserError(f"{options.config} is not in {REPOSITORY}, the folder that is sent; copy it there")
+    missing = [name for name in options.env if name not in os.environ]
+    if missing:
+        raise UserError(f"--env {missing[0]}: not set here; export {missing[0]}=..., or leave it out")
+    out = options.out or run.out
+    if not out or not ("://" in out or out.startswith("/")):
+        print(
+            "fedpipe: warning: without --out URL or --out /shared/DIR the run folder is in the job's own copy of the "
+            "code on the head, and goes with it", file=sys.stderr,
+        )  # fmt: skip
+    from actors.submit import submit
+
+    command = ["python", "-m", "fedpipe_ray", "run", config.relative_to(REPOSITORY).as_posix(), *options.overrides]
+    command += ["--out", options.out] if options.out else []
+    return submit(options.address, command, REPOSITORY, {name: os.environ[name] for name in options.env})
 
 
 def command_methods(_: argparse.Namespace) -> None:
@@ -301,6 +324,7 @@ COMMANDS = {
     "resume": command_resume,
     "evaluate": command_evaluate,
     "export": command_export,
+    "submit": command_submit,
     "methods": command_methods,
     "check": command_check,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import ROOT, assert_same, belonging, env, here, tensors
+from runs import ROOT, assert_same, belonging, env, free_ports, here, tensors
 
 RAY = Path(sys.executable).with_name("ray")
 PARTS = ("fedpipe_ray", "actors", "tuning", "clusters")
@@ -48,17 +47,6 @@ def environment(**changes: str) -> dict[str, str]:
     kept = {name: value for name, value in env().items() if name != "PYTHONPATH" and not name.startswith("RAY_")}
     ray = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     return {**kept, **ray, **changes}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of which nobody listened on any just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @dataclass(frozen=True)
