@@ -20,6 +20,8 @@ import aiohttp
 
 from fedpipe_ray.errors import UserError
 
+from .knock import TOKEN_PLACES, own_token
+
 KNOCK_SECONDS = 10
 TRIES = 10  # a second apart, to find the job again after the connection broke
 STOP_SECONDS = 3600  # what a job asked to stop gets to finish its round and write its checkpoint; Ray itself gives it 3
@@ -31,6 +33,7 @@ def submit(address: str | None, command: Sequence[str], code: Path, environment:
 
     What .rayignore and .gitignore name is not sent. Raises UserError if the cluster cannot be reached, or refuses.
     """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `connect` has it
     address = (address or os.environ.get(WINNING[0]) or "").rstrip("/")
     knock(address)
     for name in WINNING:
@@ -45,10 +48,7 @@ def submit(address: str | None, command: Sequence[str], code: Path, environment:
             entrypoint=f"exec {shlex.join(command)}", runtime_env={"working_dir": str(code), "env_vars": variables}
         )
     except AuthenticationError as error:
-        raise UserError(
-            f"--address {address}: {str(error).splitlines()[0]}; set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to the cluster's"
-        ) from None
+        raise UserError(f"--address {address} refuses this process's token; give its own in {TOKEN_PLACES}") from error
     except (OSError, RuntimeError, ValueError) as error:  # no Ray, another version, refused, a package too large
         raise UserError(
             f"--address {address}: the job was not taken: {str(error).splitlines()[0]} "
@@ -58,19 +58,31 @@ def submit(address: str | None, command: Sequence[str], code: Path, environment:
 
 
 def knock(address: str) -> None:
-    """Raises UserError unless an HTTP server answers at `address`; Ray's own client might wait for minutes."""
+    """Raises UserError unless a dashboard answers at `address` that takes our settings; Ray might wait for minutes.
+
+    A token is not shown to a cluster that asks for none: whoever stands there would read it.
+    """
     if not address.startswith(("http://", "https://")):
         given = f"{address!r} is not one" if address else "give one"
         raise UserError(f"--address is the URL of the cluster's dashboard, such as http://HOST:8265; {given}")
+    status = 200
     try:
         urllib.request.urlopen(f"{address}/api/version", timeout=KNOCK_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # it answers; what is wrong, Ray's client tells
+    except urllib.error.HTTPError as error:
+        status = error.code
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(
             f"--address {address}: nobody answers ({getattr(error, 'reason', error)}); is the dashboard there, with "
             "--dashboard-host, and the port open? Through a tunnel: ssh -L 8265:localhost:8265 HEAD"
         ) from None
+    token = os.environ["RAY_AUTH_MODE"] == "token"
+    if status == 200 and token:
+        raise UserError(
+            f"--address {address} has token authentication off, so whoever reaches it can run code on it; start all "
+            "its nodes with RAY_AUTH_MODE=token, or accept that by setting RAY_AUTH_MODE=disabled here"
+        )
+    if status == 401 and not (token and own_token()):
+        raise UserError(f"--address {address} asks for a token: RAY_AUTH_MODE=token, and the token in {TOKEN_PLACES}")
 
 
 class Follower:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 from runs import ROOT, assert_same, belonging, env, free_ports, here, manifest, summary, tensors
 
 RAY = Path(sys.executable).with_name("ray")
+TOKEN = secrets.token_hex(32)
 PARTS = ("fedpipe_ray", "actors", "tuning", "clusters")
 MINE = '''
 """A method in the working directory: it must reach the driver and the edges, with the code beside it."""
@@ -49,7 +51,12 @@ class Mine(Lora):
 def environment(**changes: str) -> dict[str, str]:
     """Ours, without anything that leads to this checkout, and with every setting of Ray made explicit."""
     kept = {name: value for name, value in env().items() if name != "PYTHONPATH" and not name.startswith("RAY_")}
-    ray = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    ray = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     return {**kept, **ray, **changes}
 
 
@@ -78,7 +85,7 @@ class Head:
 
     def jobs(self) -> list[str]:
         """The status of every job, the last first."""
-        with urllib.request.urlopen(f"{self.dashboard}/api/jobs/", timeout=30) as answer:
+        with urllib.request.urlopen(asking(f"{self.dashboard}/api/jobs/"), timeout=30) as answer:
             found = [job for job in json.load(answer) if job["submission_id"]]
         return [job["status"] for job in sorted(found, key=lambda job: -job["start_time"])]
 
@@ -117,12 +124,17 @@ def head() -> Iterator[Head]:
         shutil.rmtree(ray_folder, ignore_errors=True)
 
 
+def asking(url: str) -> urllib.request.Request:
+    """A request with the token."""
+    return urllib.request.Request(url, headers={"Authorization": f"Bearer {TOKEN}"})
+
+
 def wait_until_up(dashboard: str, process: subprocess.Popen[bytes], log: Path) -> None:
     """Until the dashboard answers; at most two minutes."""
     deadline = time.monotonic() + 120
     while True:
         try:
-            with urllib.request.urlopen(f"{dashboard}/api/version", timeout=5) as answer:
+            with urllib.request.urlopen(asking(f"{dashboard}/api/version"), timeout=5) as answer:
                 assert answer.status == 200
                 return
         except (urllib.error.URLError, ConnectionError, TimeoutError):
@@ -184,10 +196,16 @@ def test_submit_returns_what_the_driver_returned(head: Head, code: Path, run_fil
     done = head.submit(code, log, "job.yaml", missing, "--out", out / "a b")
     assert done.wait(240) == 2, log.read_text()
     assert "edge b: no file /nowhere/b.jsonl" in log.read_text().replace("\n", " ")
+
     before = len(head.jobs())
-    done = head.submit(code, log, "job.yaml", "local.lr=high")
-    assert done.wait(120) == 2, log.read_text()
-    assert "local.lr: 'high' is not valid" in log.read_text()
+    for argument, changes, message in (
+        ("local.lr=high", {}, "local.lr: 'high' is not valid"),
+        ("rounds=1", {"RAY_AUTH_TOKEN": "0" * 64}, "refuses this process's token"),
+        ("rounds=1", {"RAY_AUTH_MODE": "disabled"}, "asks for a token: RAY_AUTH_MODE=token"),
+    ):
+        done = head.submit(code, log, "job.yaml", argument, **changes)
+        assert done.wait(120) == 2, log.read_text()
+        assert message in log.read_text()
     assert len(head.jobs()) == before
 
 
@@ -226,12 +244,22 @@ def test_submit_stops_the_job(head: Head, code: Path, tmp_path: Path) -> None:
     assert summary(tmp_path / "twice")["status"] == "interrupted"
 
 
+class NotRay(http.server.BaseHTTPRequestHandler):
+    """Answers 200 below /open, and 404 elsewhere."""
+
+    def do_GET(self) -> None:
+        assert "Authorization" not in self.headers
+        self.send_response(200 if self.path.startswith("/open") else 404)
+        self.end_headers()
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
         ("http://127.0.0.1:{closed}", "nobody answers"),
         ("127.0.0.1:{closed}", "is the URL of the cluster's dashboard, such as http://HOST:8265"),
-        ("http://127.0.0.1:{other}", "the job was not taken"),
+        ("http://127.0.0.1:{other}", "the job was not taken: Version check returned 404"),
+        ("http://127.0.0.1:{open}", "has token authentication off"),
     ],
 )
 def test_an_address_without_a_cluster(
@@ -239,10 +267,11 @@ def test_an_address_without_a_cluster(
 ) -> None:
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token" if "open" in address else "disabled")
     (closed,) = free_ports(1)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NotRay) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        where = address.format(closed=closed, other=server.server_port)
+        where = address.format(closed=closed, other=server.server_port, open=f"{server.server_port}/open")
         assert here("submit", ROOT / "examples" / "quickstart.yaml", "--address", where, "--out", "/shared/run") == 2
         server.shutdown()
     assert message in capsys.readouterr().err
