@@ -14,12 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import parse
 from .errors import AllEdgesLost, Interrupted, UserError
 
 if TYPE_CHECKING:
     from .display import Display
     from .fleet import Fleet
     from .methods.base import Method
+    from .run import Experiment
     from .settings import Run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,63 +29,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled, and bitsandbytes would load the compiler: 1.5 s a process
 }
-
-
-def parser() -> argparse.ArgumentParser:
-    """Every command and its arguments."""
-    top = argparse.ArgumentParser(
-        prog="fedpipe", description="Federated fine-tuning of language models over unequal edge servers."
-    )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    run_file = argparse.ArgumentParser(add_help=False)
-    run_file.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
-    run_file.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ, such as local.lr=1e-3")
-
-    run = commands.add_parser("run", parents=[run_file], help="run a configuration, from base model to adapter")
-    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: runs/NAME-DATE-TIME)")
-
-    resume = commands.add_parser("resume", help="go on with a run that was stopped, or extend a finished one")
-    resume.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
-    resume.add_argument("overrides", nargs="*", metavar="key=value", help="such as rounds=20")
-
-    evaluate = commands.add_parser(
-        "evaluate", help="base against tuned model, on the edges' test rows or on files of your own"
-    )
-    evaluate.add_argument(
-        "what", type=Path, metavar="DIR|ADAPTER", help="a run folder, or a PEFT adapter with --data and --config"
-    )
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluate.generate=50")
-    evaluate.add_argument("--data", metavar="SOURCE", help="a file, folder or URL; all its rows are test rows")
-    evaluate.add_argument(
-        "--config", type=Path, metavar="CONFIG", help="run file that says how rows are read (default: the run's own)"
-    )
-
-    export = commands.add_parser("export", help="write the adapter of a run, or with --merge a plain model")
-    export.add_argument("folder", type=Path, metavar="DIR", help="a run folder")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    export.add_argument(
-        "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
-    )
-
-    plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
-    plan.add_argument("--out", type=Path, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
-
-    commands.add_parser("methods", help="list the methods and their settings")
-
-    commands.add_parser("check", parents=[run_file], help="check everything that can be checked without training")
-    return top
-
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; key=value may also stand after a flag, where argparse alone no longer takes it."""
-    top = parser()
-    options, rest = top.parse_known_args(arguments)
-    late = [one for one in rest if "=" in one and not one.startswith("-") and hasattr(options, "overrides")]
-    if late != rest:
-        top.error(f"unrecognized arguments: {' '.join(one for one in rest if one not in late)}")
-    if late:
-        options.overrides += late
-    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -190,17 +135,15 @@ def set_up_logging(display: Display, file: Path | None) -> None:
     warnings.filterwarnings("ignore", module="peft")
 
 
-def new_folder(run: Run, options: argparse.Namespace) -> Path:
-    """Where a run goes: --out, the configuration's `out`, or runs/ with name and time."""
-    if options.out is not None:
-        return Path(options.out)
-    return Path(run.out) if run.out else Path("runs") / f"{options.config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+def new_folder(run: Run, options: argparse.Namespace) -> str:
+    """Path or URL where a run goes: --out, the configuration's `out`, or runs/ with name and time."""
+    return options.out or run.out or f"runs/{options.config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def command_run(options: argparse.Namespace) -> None:
     """A new run."""
     run = load(options.config, options.overrides)
-    path = new_folder(run, options)
+    place = new_folder(run, options)
     with starting_ray(run):
         from .config import training_hash
         from .display import Display
@@ -208,22 +151,22 @@ def command_run(options: argparse.Namespace) -> None:
         from .run import Experiment, settled
 
         display = Display(run.track.display)
-        RunFolder.check_free(path)
+        RunFolder.check_free(place)
         run, method = settled(run)
-        folder = RunFolder.create(path, run)
-    set_up_logging(display, path / "log.txt")
-    display.note(f"run folder {path}")
+        folder = RunFolder.create(place, run)
+    set_up_logging(display, folder.path / "log.txt")
+    display.note(f"run folder {folder.name}")
     try:
         experiment = Experiment(run, method, folder, make_fleet, display)
         with closing(experiment.fleet):
             experiment.begin(training_hash(run))
-            summary = go_on(experiment, display, path)
+            summary = go_on(experiment, display)
     except BaseException:
         folder.discard_if_not_begun()
         raise
     finally:
         folder.close()
-    display.finish(summary, str(path))
+    display.finish(summary, folder.name)
 
 
 def command_resume(options: argparse.Namespace) -> None:
@@ -235,27 +178,29 @@ def command_resume(options: argparse.Namespace) -> None:
     with contextlib.closing(RunFolder.open(options.folder)) as folder:
         run = folder.run(options.overrides)
         display = Display(run.track.display)
+        set_up_logging(display, None)
         folder.lock()
         set_up_logging(display, folder.path / "log.txt")
         point = folder.load_checkpoint()
         run = extended(run, folder, point)
         for change in environment_changes(folder, run):
             logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
-        display.note(f"resuming {folder.path} after round {point.start.round}")
+        display.note(f"resuming {folder.name} after round {point.start.round}")
         experiment = Experiment(run, preflight(run), folder, make_fleet, display)
         with closing(experiment.fleet):
             experiment.resume(point)
             folder.rewrite_config(run)
-            summary = go_on(experiment, display, folder.path)
-    display.finish(summary, str(folder.path))
+            summary = go_on(experiment, display)
+    display.finish(summary, folder.name)
 
 
-def go_on(experiment: Any, display: Display, path: Path) -> dict[str, Any]:
+def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
     """The rounds that are left; says how to resume when they are stopped."""
     try:
         return dict(experiment.finish())
     except (Interrupted, AllEdgesLost, KeyboardInterrupt):
-        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {path}")
+        place = experiment.folder.name
+        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {place}")
         raise
 
 
@@ -279,16 +224,16 @@ def command_evaluate(options: argparse.Namespace) -> None:
     from .display import Display, comparison
     from .results import evaluate_adapter, evaluate_run
 
-    display = Display()
+    display, path = Display(), Path(options.what)
     set_up_logging(display, None)
-    if (options.what / "config.yaml").is_file():
+    if "://" in options.what or (path / "config.yaml").is_file():
         base, tuned = evaluate_run(options.what, options.overrides, options.data, make_fleet, display)
-    elif (options.what / "adapter_config.json").is_file():
+    elif (path / "adapter_config.json").is_file():
         if options.config is None or options.data is None:
             raise UserError(
                 f"{options.what} is an adapter; say how rows are read and which: --config CONFIG --data SOURCE"
             )
-        base, tuned = evaluate_adapter(options.what, load(options.config, options.overrides), options.data, display)
+        base, tuned = evaluate_adapter(path, load(options.config, options.overrides), options.data, display)
     else:
         raise UserError(
             f"{options.what} is neither a run folder (config.yaml) nor a PEFT adapter (adapter_config.json)"
@@ -306,6 +251,28 @@ def command_export(options: argparse.Namespace) -> None:
     clean_up_on_sigterm()
     what = export_run(options.folder, options.out, options.merge)
     display.note(f"wrote the {what} to {options.out}")
+
+
+def command_submit(options: argparse.Namespace) -> int:
+    """A run as a job of a cluster; returns the exit code of its driver."""
+    run = load(options.config, options.overrides)  # a mistake shows here, before anything is sent
+    config = options.config.resolve()
+    if not config.is_relative_to(REPOSITORY):
+        raise UserError(f"{options.config} is not in {REPOSITORY}, the folder that is sent; copy it there")
+    missing = [name for name in options.env if name not in os.environ]
+    if missing:
+        raise UserError(f"--env {missing[0]}: not set here; export {missing[0]}=..., or leave it out")
+    out = options.out or run.out
+    if not out or not ("://" in out or out.startswith("/")):
+        print(
+            "fedpipe: warning: without --out URL or --out /shared/DIR the run folder is in the job's own copy of the "
+            "code on the head, and goes with it", file=sys.stderr,
+        )  # fmt: skip
+    from actors.submit import submit
+
+    command = ["python", "-m", "fedpipe_ray", "run", config.relative_to(REPOSITORY).as_posix(), *options.overrides]
+    command += ["--out", options.out] if options.out else []
+    return submit(options.address, command, REPOSITORY, {name: os.environ[name] for name in options.env})
 
 
 def command_methods(_: argparse.Namespace) -> None:
@@ -363,6 +330,7 @@ COMMANDS = {
     "resume": command_resume,
     "evaluate": command_evaluate,
     "export": command_export,
+    "submit": command_submit,
     "methods": command_methods,
     "check": command_check,
 }

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +20,7 @@ from .config import load_run, to_yaml, training_hash
 from .errors import UserError
 from .loop import Round, Start
 from .message import Message, write_atomically
+from .remote import RemoteFolder, is_url, local
 from .report import Lost
 from .settings import Run
 
@@ -42,15 +43,22 @@ class Checkpoint:
 
 
 class RunFolder:
-    """One run's folder, locked while in use. Its files are described in docs/run-folder.md."""
+    """One run's folder, locked while in use. Its files are described in docs/run-folder.md.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: where they are on this disk; of a folder under a URL, the working folder whose copy lies there. name: the path
+    or the URL, as a user would type it.
+    """
+
+    def __init__(self, path: Path, remote: RemoteFolder | None = None) -> None:
+        self.path, self.remote, self.name = path, remote, remote.url if remote else str(path)
         self._lock: IO[str] | None = None
 
     @classmethod
-    def check_free(cls, path: Path) -> None:
-        """Raises UserError if `path` holds something already or cannot be made; writes nothing."""
+    def check_free(cls, place: Path | str) -> None:
+        """Raises UserError if `place` holds something already or cannot be made; writes nothing."""
+        if is_url(place):
+            return RemoteFolder(str(place)).check_free()
+        path = local(place)
         if (path / "config.yaml").exists():
             raise UserError(f"{path} holds another run; `fedpipe resume {path}`, or give another folder with --out")
         if path.exists() and not path.is_dir():
@@ -61,32 +69,45 @@ class RunFolder:
         if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
             fault = "not writable" if parent.is_dir() else "a file"
             raise UserError(f"cannot write to {path}: {parent} is {fault}; give another folder with --out")
+        return None
 
     @classmethod
-    def create(cls, path: Path, run: Run) -> RunFolder:
+    def create(cls, place: Path | str, run: Run) -> RunFolder:
         """A new run's folder. Raises UserError if it cannot be written or holds something already."""
-        cls.check_free(path)
-        folder = cls(path)
+        cls.check_free(place)
+        remote = RemoteFolder(str(place)) if is_url(place) else None
+        path = remote.make_here() if remote else local(place)
+        folder = cls(path, remote)
         try:
             path.mkdir(parents=True, exist_ok=True)
             folder.lock()
             write_atomically(path / "environment.json", dumps(environment(run)))
             write_atomically(path / "config.yaml", to_yaml(run))
-        except OSError as error:
+        except (OSError, UserError) as error:
+            folder.close()
+            if isinstance(error, UserError):
+                raise
             raise UserError(
                 f"cannot write to {path}: {error.strerror or error}; give another folder with --out"
             ) from None
         return folder
 
     @classmethod
-    def open(cls, path: Path) -> RunFolder:
+    def open(cls, place: Path | str) -> RunFolder:
         """An existing run's folder. Raises UserError if it is none."""
+        if is_url(place):
+            remote = RemoteFolder(str(place))
+            return cls(remote.open(), remote)
+        path = local(place)
         if not (path / "config.yaml").is_file():
             raise UserError(f"{path} is not a run folder: it has no config.yaml")
         return cls(path)
 
     def lock(self) -> None:
-        """Keeps every other process out until this one ends. Raises UserError if one is in."""
+        """Keeps every other process out until this one ends. Raises UserError if one is in.
+
+        Under a URL, where a head that died cannot let go, a process in there is put out instead.
+        """
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held until the process ends)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,11 +116,16 @@ class RunFolder:
             raise UserError(
                 f"{self.path} is in use by a run in progress; wait for it, or give another folder"
             ) from None
+        if self.remote is not None:
+            self.remote.claim()
+            self.remote.pull()  # what the process before may have written until now
 
     def close(self) -> None:
-        """Lets other processes in again."""
+        """Lets other processes in again; under a URL, writes the end of the log there."""
         if self._lock is not None:
             self._lock.close()
+        if self.remote is not None:
+            self.remote.close()
 
     def discard_if_not_begun(self) -> None:
         """Removes the folder again if the run ended before its first checkpoint: nothing half-written stays."""
@@ -135,7 +161,10 @@ class RunFolder:
         write_atomically(self.path / "rounds.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
     def save_checkpoint(self, point: Checkpoint) -> None:
-        """Writes checkpoint/round-NNNN beside its name and renames it; the last two stay. Raises OSError."""
+        """Writes checkpoint/round-NNNN beside its name and renames it; the last two stay. Raises OSError.
+
+        Under a URL everything else that changed is written too, and then the checkpoint. Raises UserError if it cannot.
+        """
         parent = self.path / "checkpoint"
         name = f"round-{point.start.round:04d}"
         aside, final = parent / f".{name}", parent / name
@@ -152,35 +181,44 @@ class RunFolder:
         write_atomically(aside / "manifest.json", dumps(manifest))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(aside, final)
-        for old in sorted(parent.glob("round-*"))[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
+        for old in outdated(entry.name for entry in parent.iterdir()):
+            shutil.rmtree(parent / old) if (parent / old).is_dir() else (parent / old).unlink()
+        if self.remote is not None:
+            self.remote.warn_of_private(point.start.private)
+            self.remote.publish(outdated)
 
     def save_best(self, state: Message, round: int) -> dict[str, Any]:
         """Writes the best state so far; returns what the manifest remembers of it."""
         name = f"best-{round:04d}.safetensors"
         digest = state.save(self.path / "checkpoint" / name)
-        for old in sorted((self.path / "checkpoint").glob("best-*.safetensors"))[:-3]:
-            old.unlink(missing_ok=True)
         return {"round": round, "file": name, "sha256": digest}
 
     def load_best(self, best: Mapping[str, Any]) -> Message:
         """The best state of a manifest. Raises UserError if it is gone or damaged."""
         try:
-            return Message.load(self.path / "checkpoint" / best["file"], best["sha256"])
+            return Message.load(self._here(f"checkpoint/{best['file']}"), best["sha256"])
         except (OSError, ValueError) as error:
             raise UserError(f"the best round's state cannot be read: {error}") from None
 
     def load_checkpoint(self) -> Checkpoint:
         """The newest checkpoint that is whole; a damaged one is named in the log. Raises UserError if there is none."""
-        found = sorted((self.path / "checkpoint").glob("round-*"), reverse=True)
-        for place in found:
+        here = {place.name for place in (self.path / "checkpoint").glob("round-*")}
+        found = sorted({*here, *self.remote.checkpoints()} if self.remote else here, reverse=True)
+        for name in found:
             try:
-                return _read_checkpoint(place)
+                for file in ("manifest.json", "state.safetensors"):
+                    self._here(f"checkpoint/{name}/{file}")
+                return _read_checkpoint(self.path / "checkpoint" / name)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                log.warning("checkpoint %s is damaged (%s); trying the one before", place.name, error)
+                log.warning("checkpoint %s is damaged (%s); trying the one before", name, error)
         raise UserError(
-            f"{self.path} has no usable checkpoint ({len(found)} found); start the run again with --out NEW"
+            f"{self.name} has no usable checkpoint ({len(found)} found); start the run again with --out NEW"
         )
+
+    def _here(self, name: str) -> Path:
+        """The path of a file that may have to be brought here first. Raises OSError."""
+        path = self.path / name
+        return path if self.remote is None or path.exists() else self.remote.fetch(name)
 
     def final_state(self, run: Run) -> tuple[Message, Checkpoint]:
         """What the run would export now: the best or the last state, and its checkpoint. Raises UserError."""
@@ -198,8 +236,17 @@ class RunFolder:
             return False
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes summary.json."""
+        """Writes summary.json; under a URL, the adapter first."""
         write_atomically(self.path / "summary.json", dumps(summary))
+        if self.remote is not None:
+            self.remote.publish(outdated)
+
+
+def outdated(names: Iterable[str]) -> list[str]:
+    """What of a checkpoint folder is no longer needed: all but the last two rounds, and the last three best states."""
+    names = sorted(names)
+    rounds, best = ([name for name in names if name.startswith(kind)] for kind in ("round-", "best-"))
+    return rounds[:-2] + best[:-3]
 
 
 def _read_checkpoint(place: Path) -> Checkpoint:

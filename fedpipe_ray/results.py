@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,17 @@ Table = dict[str, Any]  # {"global": Metrics, "edges": {name: Metrics}}
 
 
 def evaluate_run(
-    path: Path, overrides: Sequence[str], source: str | None, make_fleet: MakeFleet, display: Display
+    place: Path | str, overrides: Sequence[str], source: str | None, make_fleet: MakeFleet, display: Display
 ) -> tuple[Table, Table]:
     """(base, tuned) on the test rows of the run's own edges, or on all rows of `source`, read here; UserError."""
-    folder = RunFolder.open(path)
-    run = folder.run(overrides)
+    with closing(RunFolder.open(place)) as folder:
+        return evaluate_folder(folder, folder.run(overrides), source, make_fleet, display)
+
+
+def evaluate_folder(
+    folder: RunFolder, run: Run, source: str | None, make_fleet: MakeFleet, display: Display
+) -> tuple[Table, Table]:
+    """`evaluate_run` of an open folder."""
     state, point = folder.final_state(run)
     if source is not None:
         method = preflight(run)
@@ -103,14 +109,14 @@ def on_source(model: Any, base: Base, run: Run, source: str, classes: Sequence[s
     return before, measured(model)
 
 
-def export_run(path: Path, out: Path, merge: bool) -> str:
+def export_run(place: Path | str, out: Path, merge: bool) -> str:
     """Writes a run's adapter, or with `merge` a plain model with its tokenizer, to a new folder; says which it was.
 
     A merged model has the architecture and parameter count of the base. Raises UserError.
     """
-    folder = RunFolder.open(path)
-    run = folder.run()
-    state, point = folder.final_state(run)
+    with closing(RunFolder.open(place)) as folder:
+        run = folder.run()
+        state, point = folder.final_state(run)
     site = server_site(run, preflight(run), point.classes)
     with new_folder(out) as aside:
         weights = first_view(site, state)

@@ -198,6 +198,8 @@ class Experiment:
             weights = first_view(self.server, state)
             weights.save(self.folder.path / weights.folder, self.server)
             hint = weights.hint
+            if self.folder.remote is not None:
+                hint = f"result:   {{out}}/{weights.folder}   (brought here by: fedpipe export {{out}} --out DIR)"
         summary = {
             "status": status,
             "rounds": self.point.start.round,
@@ -250,11 +252,11 @@ def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:
             f"resume cannot change {changed}; free keys are {', '.join(FREE_ON_RESUME)}; for others start a new run"
         )
     if done > run.rounds:
-        raise UserError(f"rounds: {run.rounds} is less than the {done} rounds that {folder.path} has done")
+        raise UserError(f"rounds: {run.rounds} is less than the {done} rounds that {folder.name} has done")
     if folder.complete(done) and done == run.rounds:
-        raise UserError(f"{folder.path} has all its {done} rounds; extend it with rounds={2 * done}")
+        raise UserError(f"{folder.name} has all its {done} rounds; extend it with rounds={2 * done}")
     if folder.complete(done) and reason is not None:
-        raise UserError(f"{folder.path} stopped early: {reason}; change evaluate.patience or evaluate.target to go on")
+        raise UserError(f"{folder.name} stopped early: {reason}; change evaluate.patience or evaluate.target to go on")
     return run
 
 

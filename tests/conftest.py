@@ -8,9 +8,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from runs import Started
 
 DEFAULTS = {
     "HF_HUB_OFFLINE": "1",
@@ -91,6 +95,17 @@ def run_file(tmp_path: Path, model_dir: Path, data_dir: Path) -> Path:
     from runs import tiny_run
 
     return tiny_run(tmp_path, model_dir, data_dir)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator["Started"]:
+    """A run in a process that does not outlive the test."""
+    from runs import Started
+
+    one = Started(tmp_path)
+    yield one
+    if hasattr(one, "process"):
+        one.kill()
 
 
 @pytest.fixture(scope="session")

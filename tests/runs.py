@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,13 @@ fleet:
 method: {{name: lora, rank: 4, alpha: 8}}
 local: {{steps: 4, batch: 4, lr: 0.01}}
 """)
+    return path
+
+
+def held_run(folder: Path, model_dir: Path, data_dir: Path, rounds: int) -> Path:
+    """The same with more rounds and a method that can be held in the middle of a round, as `Started` does."""
+    path = tiny_run(folder, model_dir, data_dir)
+    path.write_text(path.read_text().replace("rounds: 2", f"rounds: {rounds}").replace("lora,", "own_methods:Held,"))
     return path
 
 
@@ -120,3 +130,101 @@ def assert_same(first: dict[str, Any], second: dict[str, Any], names: Sequence[s
     assert first.keys() == second.keys()
     for name in names or first:
         assert torch.equal(first[name], second[name]), name
+
+
+class Started:
+    """The command line in a process of its own, whose method waits for `release` in the middle of a round."""
+
+    def __init__(self, folder: Path) -> None:
+        self.hold, self.log = folder / "hold", folder / "log"
+        self.hold.mkdir()
+        self.path = f"{Path(__file__).parent}:{ROOT}"  # own_methods is found there
+
+    def run(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+        """Starts it, and returns when it waits."""
+        settings = env(PYTHONPATH=self.path, HOLD=str(self.hold), **environment)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command("run", *arguments), cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT, text=True
+            )
+        self.wait_for((self.hold / "held").exists)
+        return self.process
+
+    def release(self) -> None:
+        """Lets the round go on."""
+        (self.hold / "go").touch()
+
+    def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Until `condition` holds; fails if the process ends before, or after four minutes."""
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The whole lines of rounds.jsonl."""
+    path = folder / "rounds.jsonl"
+    return (
+        [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    )
+
+
+def repeatable(folder: Path) -> list[dict[str, Any]]:
+    """rounds.jsonl without what a clock or the operating system measured."""
+    found = records(folder)
+    for record in found:
+        for part in (record, *record["edges"].values()):
+            for key in (
+                "wall_seconds",
+                "evaluate_seconds",
+                "seconds",
+                "step_seconds",
+                "peak_memory_bytes",
+                "training_memory_bytes",
+            ):
+                part.pop(key, None)
+    return found
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """Of the newest checkpoint."""
+    return dict(json.loads((max((folder / "checkpoint").glob("round-*")) / "manifest.json").read_text()))
+
+
+def assert_like(folder: Path, other: Path) -> None:
+    """Same adapter, same record of the rounds, same summary but for measured time."""
+    assert_same(tensors(folder), tensors(other))
+    assert repeatable(folder) == repeatable(other)
+    one, two = summary(folder), summary(other)
+    for found in (one, two):
+        found["totals"].pop("wall_seconds")
+    assert one == two
+
+
+def flip(path: Path) -> None:
+    """Changes the last byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of which nobody listened on any just now."""
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from runs import ROOT, env, fedpipe
 
-from fedpipe_ray.__main__ import COMMANDS, main, parse, parser
+from fedpipe_ray.__main__ import COMMANDS, main
+from fedpipe_ray.arguments import parse, parser
 from fedpipe_ray.methods import METHODS, method_class
 
 HEAVY = ("torch", "ray", "transformers", "peft", "pyarrow", "bitsandbytes", "optuna", "datasets")

@@ -7,16 +7,27 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from own_methods import Held
-from runs import ROOT, assert_same, belonging, command, env, fedpipe, here, tensors, tiny_run
+from runs import (
+    Started,
+    assert_like,
+    assert_same,
+    belonging,
+    fedpipe,
+    flip,
+    held_run,
+    here,
+    manifest,
+    records,
+    repeatable,
+    summary,
+    tensors,
+)
 
 from fedpipe_ray.message import Message
 
@@ -28,9 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Pa
     """A run file whose data are its own, so that a test may change them."""
     folder = tmp_path_factory.mktemp("resume")
     shutil.copytree(data_dir, folder / "data")
-    path = tiny_run(folder, model_dir, folder / "data")
-    path.write_text(path.read_text().replace("rounds: 2", f"rounds: {ROUNDS}").replace("lora,", "own_methods:Held,"))
-    return path
+    return held_run(folder, model_dir, folder / "data", ROUNDS)
 
 
 @pytest.fixture(scope="module")
@@ -39,95 +48,6 @@ def whole(tiny: Path) -> Path:
     folder = tiny.parent / "whole"
     assert here("run", tiny, "--out", folder) == 0
     return folder
-
-
-class Started:
-    """The command line in a process of its own, whose method waits for `release` in the middle of a round."""
-
-    def __init__(self, folder: Path) -> None:
-        self.hold, self.log = folder / "hold", folder / "log"
-        self.hold.mkdir()
-        self.path = f"{Path(__file__).parent}:{ROOT}"  # own_methods is found there
-
-    def run(self, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-        """Starts it, and returns when it waits."""
-        settings = env(PYTHONPATH=self.path, HOLD=str(self.hold), **environment)
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command("run", *arguments), cwd=ROOT, env=settings, stdout=log, stderr=subprocess.STDOUT, text=True
-            )
-        self.wait_for((self.hold / "held").exists)
-        return self.process
-
-    def release(self) -> None:
-        """Lets the round go on."""
-        (self.hold / "go").touch()
-
-    def kill(self) -> None:
-        """kill -9."""
-        self.process.kill()
-        self.process.wait()
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Until `condition` holds; fails if the process ends before, or after four minutes."""
-        deadline = time.monotonic() + 240
-        while not condition():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.01)
-
-
-@pytest.fixture
-def started(tmp_path: Path) -> Iterator[Started]:
-    """A process that does not outlive the test."""
-    one = Started(tmp_path)
-    yield one
-    if hasattr(one, "process"):
-        one.kill()
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The whole lines of rounds.jsonl."""
-    path = folder / "rounds.jsonl"
-    return (
-        [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    )
-
-
-def repeatable(folder: Path) -> list[dict[str, Any]]:
-    """rounds.jsonl without what a clock or the operating system measured."""
-    found = records(folder)
-    for record in found:
-        for part in (record, *record["edges"].values()):
-            for key in (
-                "wall_seconds",
-                "evaluate_seconds",
-                "seconds",
-                "step_seconds",
-                "peak_memory_bytes",
-                "training_memory_bytes",
-            ):
-                part.pop(key, None)
-    return found
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "summary.json").read_text()))
-
-
-def manifest(folder: Path) -> dict[str, Any]:
-    """Of the newest checkpoint."""
-    return dict(json.loads((max((folder / "checkpoint").glob("round-*")) / "manifest.json").read_text()))
-
-
-def assert_like(folder: Path, other: Path) -> None:
-    """Same adapter, same record of the rounds, same summary but for measured time."""
-    assert_same(tensors(folder), tensors(other))
-    assert repeatable(folder) == repeatable(other)
-    one, two = summary(folder), summary(other)
-    for found in (one, two):
-        found["totals"].pop("wall_seconds")
-    assert one == two
 
 
 def test_killed_and_resumed(tiny: Path, whole: Path, tmp_path: Path, started: Started) -> None:
@@ -199,13 +119,6 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(
         (place / "manifest.json").write_text("{")
     assert here("resume", folder) == 2
     assert "no usable checkpoint (2 found)" in capsys.readouterr().err
-
-
-def flip(path: Path) -> None:
-    """Changes the last byte of a file."""
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 def test_extended(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

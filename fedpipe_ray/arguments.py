@@ -1,0 +1,78 @@
+"""Every command of the command line and its arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and its arguments."""
+    top = argparse.ArgumentParser(
+        prog="fedpipe", description="Federated fine-tuning of language models over unequal edge servers."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run_file = argparse.ArgumentParser(add_help=False)
+    run_file.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file")
+    run_file.add_argument("overrides", nargs="*", metavar="key=value", help="keys that differ, such as local.lr=1e-3")
+
+    run = commands.add_parser("run", parents=[run_file], help="run a configuration, from base model to adapter")
+    run.add_argument("--out", metavar="DIR|URL", help="run folder, also s3://... (default: runs/NAME-DATE-TIME)")
+
+    resume = commands.add_parser("resume", help="go on with a run that was stopped, or extend a finished one")
+    resume.add_argument("folder", metavar="DIR|URL", help="a run folder")
+    resume.add_argument("overrides", nargs="*", metavar="key=value", help="such as rounds=20")
+
+    evaluate = commands.add_parser(
+        "evaluate", help="base against tuned model, on the edges' test rows or on files of your own"
+    )
+    evaluate.add_argument(
+        "what", metavar="DIR|URL|ADAPTER", help="a run folder, or a PEFT adapter with --data and --config"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluate.generate=50")
+    evaluate.add_argument("--data", metavar="SOURCE", help="a file, folder or URL; all its rows are test rows")
+    evaluate.add_argument(
+        "--config", type=Path, metavar="CONFIG", help="run file that says how rows are read (default: the run's own)"
+    )
+
+    export = commands.add_parser("export", help="write the adapter of a run, or with --merge a plain model")
+    export.add_argument("folder", metavar="DIR|URL", help="a run folder")
+    export.add_argument("--out", type=on_disk, required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
+    )
+
+    plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
+    plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
+
+    submit = commands.add_parser("submit", parents=[run_file], help="run a configuration as a job of a Ray cluster")
+    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
+    submit.add_argument("--out", metavar="DIR|URL", help="run folder, as the head of the cluster sees it")
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="environment variable to pass on, such as HF_TOKEN"
+    )
+
+    commands.add_parser("methods", help="list the methods and their settings")
+
+    commands.add_parser("check", parents=[run_file], help="check everything that can be checked without training")
+    return top
+
+
+def on_disk(text: str) -> Path:
+    """A path for what is written to this disk only."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a path on this disk, and copy it from there")
+    return Path(text)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; key=value may also stand after a flag, where argparse alone no longer takes it."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    late = [one for one in rest if "=" in one and not one.startswith("-") and hasattr(options, "overrides")]
+    if late != rest:
+        top.error(f"unrecognized arguments: {' '.join(one for one in rest if one not in late)}")
+    if late:
+        options.overrides += late
+    return options
