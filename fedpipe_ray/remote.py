@@ -57,6 +57,8 @@ class RemoteFolder:
     def __init__(self, url: str) -> None:
         """Touches nothing yet. Raises UserError for what is no folder on a known filesystem."""
         address, _, _ = url.partition("?")
+        if urlsplit(address).netloc and not urlsplit(address).path.strip("/"):
+            raise UserError(f"{url} is a whole bucket; name a folder in it, such as {address.rstrip('/')}/runs/first")
         if urlsplit(url).password:
             raise UserError(
                 "a run folder's URL must hold no password, it is written to logs; give credentials as the "
@@ -67,8 +69,6 @@ class RemoteFolder:
         except FAULTS as error:
             raise UserError(f"{url}: {first_line(error)}; known are s3://, gs://, abfs://, hdfs://") from None
         self.url, self.prefix, self.name = shlex.quote(url), prefix.rstrip("/"), PurePosixPath(address).name
-        if not self.prefix.strip("/").count("/"):
-            raise UserError(f"{url} is a whole bucket; name a folder in it, such as {address.rstrip('/')}/runs/first")
         self.here = Path()
         self._token = secrets.token_hex(8)
         self._like: dict[str, tuple[int, ...]] = {}  # files that are the same on both sides, and their state here
