@@ -142,15 +142,17 @@ def new_folder(run: Run, options: argparse.Namespace) -> str:
 
 def command_run(options: argparse.Namespace) -> None:
     """A new run."""
+    from .display import Display
+
     run = load(options.config, options.overrides)
     place = new_folder(run, options)
+    display = Display(run.track.display)
+    display.note("loading torch and starting Ray" if run.fleet.ray else "loading torch")
     with starting_ray(run):
         from .config import training_hash
-        from .display import Display
         from .record import RunFolder
         from .run import Experiment, settled
 
-        display = Display(run.track.display)
         RunFolder.check_free(place)
         run, method = settled(run)
         folder = RunFolder.create(place, run)
