@@ -18,9 +18,11 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +40,15 @@ from .site import Site
 
 
 def check_buffered(run: Run, method: Method) -> None:
-    """Raises UserError if fleet.mode is `buffered` and the method or the number of edges does not allow it."""
+    """Raises UserError for a key of the other fleet.mode, or if method or number of edges do not allow `buffered`."""
     settings, edges = run.fleet, len(run.fleet.edges)
-    if settings.mode != "buffered":
+    idle: dict[str, float | None] = {"fraction": 1.0, "over_select": 1.0, "deadline_seconds": None}
+    if settings.mode == "synchronous":
+        idle = {"buffer": None, "concurrency": None, "max_staleness": None}
+    for name, usual in idle.items():
+        if getattr(settings, name) != usual:
+            raise UserError(f"fleet.{name}: has no place in fleet.mode: {settings.mode}; leave it out")
+    if settings.mode == "synchronous":
         return
     if not getattr(method, "asynchronous", False):
         able = ", ".join(name for name in METHODS if getattr(method_class(name), "asynchronous", False))
@@ -50,6 +58,8 @@ def check_buffered(run: Run, method: Method) -> None:
         )
     if settings.buffer is None:
         raise UserError(f"fleet.buffer: mode: buffered needs it: how many reports make a new state, 1 to {edges}")
+    if settings.max_staleness is not None and settings.max_staleness < 0:
+        raise UserError(f"fleet.max_staleness: {settings.max_staleness} must not be negative")
     for name in ("buffer", "concurrency"):
         value = getattr(settings, name)
         if value is not None and value > edges:  # an edge gives one update a state, so that more would never come
@@ -217,3 +227,21 @@ def moved(fetch: Callable[[], Message], base: Message, state: Message, wire: str
         raise UnfitUpdate(reason)
     changed = {name: state.tensors[name] + (t.float() - sent[name].float()) for name, t in update.tensors.items()}
     return Message(changed, update.numbers)
+
+
+def flights_saved(start: Start, place: Path) -> list[dict[str, Any]]:
+    """Writes the states that edges at work started from into `place`, each once; returns what a manifest has of it."""
+    bases = {flight.base_round: flight.base for flight in start.flights}
+    digests = {round: base.save(place / f"base-{round:04d}.safetensors") for round, base in bases.items()}
+    return [
+        {"edge": f.edge, "base_round": f.base_round, "started_seconds": f.started_seconds,
+         "base_sha256": digests[f.base_round]}
+        for f in start.flights
+    ]  # fmt: skip
+
+
+def flights_loaded(found: Sequence[Mapping[str, Any]], place: Path) -> tuple[Flight, ...]:
+    """The flights of a checkpoint. Raises ValueError if a state is damaged, OSError if it cannot be read."""
+    digests = {one["base_round"]: one["base_sha256"] for one in found}
+    bases = {round: Message.load(place / f"base-{round:04d}.safetensors", sha) for round, sha in digests.items()}
+    return tuple(Flight(f["edge"], f["base_round"], f["started_seconds"], bases[f["base_round"]]) for f in found)

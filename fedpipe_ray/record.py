@@ -11,19 +11,15 @@ import os
 import platform
 import shutil
 import sys
-<<<<<<< HEAD
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-=======
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
->>>>>>> a3228e3 (Stragglers on the virtual clock: over-selection, deadlines, traces, buffered aggregation; updates are checked before use)
 from pathlib import Path
 from typing import IO, Any
 
+from .buffered import flights_loaded, flights_saved
 from .config import load_run, to_yaml, training_hash
 from .errors import UserError
-from .loop import Flight, Round, Start
+from .loop import Round, Start
 from .message import Message, write_atomically
 from .remote import RemoteFolder, is_url, local
 from .report import Lost
@@ -264,24 +260,6 @@ def _read_checkpoint(place: Path) -> Checkpoint:
     flights, clock = flights_loaded(manifest.pop("flights", []), place), manifest.pop("clock_seconds", 0.0)
     start = Start(state, manifest.pop("round"), manifest.pop("private"), clock, flights)
     return Checkpoint(start=start, **manifest)
-
-
-def flights_saved(start: Start, place: Path) -> list[dict[str, Any]]:
-    """Writes the states that edges at work started from into `place`, each once; returns what a manifest has of it."""
-    bases = {flight.base_round: flight.base for flight in start.flights}
-    digests = {round: base.save(place / f"base-{round:04d}.safetensors") for round, base in bases.items()}
-    return [
-        {"edge": f.edge, "base_round": f.base_round, "started_seconds": f.started_seconds,
-         "base_sha256": digests[f.base_round]}
-        for f in start.flights
-    ]  # fmt: skip
-
-
-def flights_loaded(found: Sequence[Mapping[str, Any]], place: Path) -> tuple[Flight, ...]:
-    """The flights of a checkpoint. Raises ValueError if a state is damaged, OSError if it cannot be read."""
-    digests = {one["base_round"]: one["base_sha256"] for one in found}
-    bases = {round: Message.load(place / f"base-{round:04d}.safetensors", sha) for round, sha in digests.items()}
-    return tuple(Flight(f["edge"], f["base_round"], f["started_seconds"], bases[f["base_round"]]) for f in found)
 
 
 def round_record(done: Round) -> dict[str, Any]:

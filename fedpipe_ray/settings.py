@@ -133,22 +133,14 @@ class Data(Section):
 class Profile(Section):
     """One edge server: what Ray reserves for it, and what the virtual clock believes of it.
 
-<<<<<<< HEAD
     gpus: fraction of one GPU, or a number of GPUs, on which it then trains data-parallel, a process a GPU; workers: so
     many processes without GPUs. gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host memory Ray
     reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together; a round
     that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
-    latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ here, or
-    just a source. private_dir: where its private state rests, in a folder named as the run folder (default: in that).
-=======
-    gpus: fraction of one GPU, or a number of GPUs; gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host
-    memory Ray reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together;
-    a round that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a
-    second; latency_seconds: one way; availability: chance of taking part in a round. trace: when it can be asked, as
-    [from, to] intervals of the virtual clock or a CSV file of edge,from,to; repeats every trace_period_seconds (null:
-    never). data: keys of `data` that differ here, or just a source. private_dir: where its private state rests, in a
-    folder named as the run folder (default: in that).
->>>>>>> a3228e3 (Stragglers on the virtual clock: over-selection, deadlines, traces, buffered aggregation; updates are checked before use)
+    latency_seconds: one way; availability: chance of taking part in a round. trace: when it can be asked, as [from, to]
+    intervals of the virtual clock or a CSV file of edge,from,to; repeats every trace_period_seconds (null: never).
+    data: keys of `data` that differ here, or just a source. private_dir: where its private state rests, in a folder
+    named as the run folder (default: in that).
     """
 
     gpus: float = 0.0
@@ -231,15 +223,6 @@ class FleetSettings(Section):
         for name in ("start_timeout_seconds", "round_timeout_seconds", "deadline_seconds", "buffer", "concurrency"):
             value = getattr(self, name)
             require(value is None or value > 0, f"fleet.{name}: {value} must be above 0")
-        stale = self.max_staleness
-        require(stale is None or stale >= 0, f"fleet.max_staleness: {stale} must not be negative")
-        idle = {"fraction": 1.0, "over_select": 1.0, "deadline_seconds": None}
-        if self.mode == "synchronous":
-            idle = {"buffer": None, "concurrency": None, "max_staleness": None}
-        for name, value in idle.items():
-            require(
-                getattr(self, name) == value, f"fleet.{name}: has no place in fleet.mode: {self.mode}; leave it out"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
