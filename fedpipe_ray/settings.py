@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import ConfigDict
 
 from .quantity import BitsPerSecond, Bytes, FlopPerSecond, Seconds
+from .traces import trace_fault
 
 
 class Section:
@@ -136,8 +137,10 @@ class Profile(Section):
     many processes without GPUs. gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host memory Ray
     reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together; a round
     that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
-    latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ here, or
-    just a source. private_dir: where its private state rests, in a folder named as the run folder (default: in that).
+    latency_seconds: one way; availability: chance of taking part in a round. trace: when it can be asked, as [from, to]
+    intervals of the virtual clock or a CSV file of edge,from,to; repeats every trace_period_seconds (null: never).
+    data: keys of `data` that differ here, or just a source. private_dir: where its private state rests, in a folder
+    named as the run folder (default: in that).
     """
 
     gpus: float = 0.0
@@ -153,6 +156,8 @@ class Profile(Section):
     downlink_bps: BitsPerSecond = 100e6
     latency_seconds: Seconds = 0.02
     availability: float = 1.0
+    trace: str | list[tuple[Seconds, Seconds]] | None = None
+    trace_period_seconds: Seconds | None = None
     data: str | dict[str, Any] = field(default_factory=dict)
     private_dir: str | None = None
 
@@ -180,6 +185,8 @@ class Profile(Section):
             require(amount >= 0, f"resources.{name}: {amount} must not be negative")
         require(self.latency_seconds >= 0, f"latency_seconds: {self.latency_seconds} must not be negative")
         require(0 < self.availability <= 1, f"availability: {self.availability} must lie in (0, 1]")
+        fault = trace_fault(self.trace, self.trace_period_seconds)
+        require(fault is None, fault or "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +196,10 @@ class FleetSettings(Section):
     clock: what FedPipe's plans count in: `virtual` seconds of the profiles, or `real` ones, measured on each edge. What
     is planned by measured seconds, or memory of an edge with a capacity, repeats where they do. ray: one
     Ray actor an edge; false runs them one after another in this process, with the same bits. fraction: share of the
-    available edges asked each round.
+    available edges whose reports a round uses. over_select: how many times as many are asked, of which the first on the
+    virtual clock are taken. deadline_seconds: reports that come later on that clock are dropped. mode: `buffered`
+    aggregates whenever `buffer` reports have come, while up to `concurrency` edges (null: all) work on from older
+    states; reports more than max_staleness states old are dropped. See docs/stragglers.md.
     """
 
     profiles: str | None = None
@@ -198,12 +208,19 @@ class FleetSettings(Section):
     ray: bool = True
     address: str | None = None
     fraction: float = 1.0
+    over_select: float = 1.0
+    deadline_seconds: Seconds | None = None
+    mode: Literal["synchronous", "buffered"] = "synchronous"
+    buffer: int | None = None
+    concurrency: int | None = None
+    max_staleness: int | None = None
     start_timeout_seconds: Seconds = 300.0
     round_timeout_seconds: Seconds | None = None
 
     def __post_init__(self) -> None:
         require(0 < self.fraction <= 1, f"fleet.fraction: {self.fraction} must lie in (0, 1]")
-        for name in ("start_timeout_seconds", "round_timeout_seconds"):
+        require(self.over_select >= 1, f"fleet.over_select: {self.over_select} must be at least 1")
+        for name in ("start_timeout_seconds", "round_timeout_seconds", "deadline_seconds", "buffer", "concurrency"):
             value = getattr(self, name)
             require(value is None or value > 0, f"fleet.{name}: {value} must be above 0")
 
@@ -252,9 +269,17 @@ class Local(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(Section):
-    """The server's own public data, for methods that align or distil on it."""
+    """data: the server's own public rows, for methods that align or distil on them.
+
+    norm_bound: an update whose change has a larger L2 norm, over all its tensors, is rejected.
+    """
 
     data: Data | None = None
+    norm_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        bound = self.norm_bound
+        require(bound is None or bound > 0, f"server.norm_bound: {bound} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
