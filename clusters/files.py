@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -13,9 +13,11 @@ from typing import Any
 import yaml
 
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.settings import Profile
 
 from . import find_file
 
+Unplaceable = Callable[[Mapping[str, Profile], Sequence[Any]], list[str]]
 UNLIMITED = 2**31 - 1  # maxReplicas of a worker group that states none
 DECIMAL = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 BINARY = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
@@ -62,6 +64,20 @@ def node_types(file: str) -> list[NodeType]:
         f"--cluster {path}: is neither a `ray up` file (cluster_name, provider) nor a RayCluster or RayJob of KubeRay "
         f"(apiVersion: ray.io/v1); it has {keys or 'no keys'}"
     )
+
+
+def room(file: str, edges: Mapping[str, Profile], unplaceable: Unplaceable) -> str:
+    """Says that all edges find room with all the nodes that a cluster file allows. Raises UserError if they do not.
+
+    unplaceable(edges, nodes) gives a line for every edge without room; of a node it asks resources and labels.
+    """
+    kinds = node_types(file)
+    most = ", ".join(kind.name if kind.count == 1 else f"{kind.count} {kind.name}" for kind in kinds)
+    refused = unplaceable(edges, [kind for kind in kinds for _ in range(min(kind.count, len(edges)))])
+    if refused:
+        fault = f"{file}: no room for {len(refused)} of {len(edges)} edges with all it may start ({most})"
+        raise UserError("\n".join([f"{fault}; let it start more, or change the profiles:", *refused[:20]]))
+    return f"{file}: room for all {len(edges)} edges with all it may start ({most})"
 
 
 def _ray_up(tree: Mapping[str, Any]) -> list[NodeType]:
