@@ -250,7 +250,7 @@ def test_the_jobs_command_is_one_of_ours(tmp_path: Path, capsys: pytest.CaptureF
     (config,) = [one for one in documents(path) if one["kind"] == "ConfigMap"]
     (claim,) = documents(HERE / "kuberay" / "runs.yaml")
     assert volumes[mounts[str(options.config.parent)]] == {"configMap": {"name": config["metadata"]["name"]}}
-    assert volumes[mounts[str(options.out.parent)]] == {
+    assert volumes[mounts[str(Path(options.out).parent)]] == {
         "persistentVolumeClaim": {"claimName": claim["metadata"]["name"]}
     }
     run = tmp_path / options.config.name
