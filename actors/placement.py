@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +46,33 @@ def unplaceable(profiles: Mapping[str, Profile], nodes: Sequence[Node]) -> list[
     if lines:
         return lines
     left = [dict(node.resources) for node in nodes]
-    for name, profile in sorted(profiles.items(), key=lambda item: _urgency(item[1], nodes)):
-        wanted = demand(profile)
-        fitting = [i for i, node in enumerate(nodes) if _labelled(node, profile)]
-        place = next((i for i in fitting if _holds(left[i], wanted)), None)
-        if place is None:
-            lines.append(_refusal(name, profile, wanted, nodes, [nodes[i] for i in fitting]))
+    # Thousands of edges are a few kinds, and what one finds holds for its like; room only shrinks, so a node that is
+    # full for a kind stays full.
+    kinds = {name: _kind(profile) for name, profile in profiles.items()}
+    first = {kinds[name]: profile for name, profile in profiles.items()}
+    urgency = {kind: _urgency(profile, nodes) for kind, profile in first.items()}
+    rooms = {
+        kind: deque(i for i, node in enumerate(nodes) if _labelled(node, profile)) for kind, profile in first.items()
+    }
+    refusals: dict[Hashable, str] = {}
+    for name in sorted(profiles, key=lambda name: urgency[kinds[name]]):
+        kind = kinds[name]
+        wanted, there = demand(profiles[name]), rooms[kind]
+        while there and not _holds(left[there[0]], wanted):
+            there.popleft()
+        if not there:
+            if kind not in refusals:
+                refusals[kind] = _refusal(profiles[name], nodes)
+            lines.append(f"edge {name}: {refusals[kind]}")
             continue
         for key, amount in wanted.items():
-            left[place][key] -= amount
+            left[there[0]][key] -= amount
     return lines
+
+
+def _kind(profile: Profile) -> Hashable:
+    """The same for edges that can take each other's place."""
+    return tuple(sorted(demand(profile).items())), tuple(sorted(profile.labels.items()))
 
 
 def _unknown_to_ray(profile: Profile) -> str | None:
@@ -84,29 +102,27 @@ def _labelled(node: Node, profile: Profile) -> bool:
     return all(node.labels.get(key) == value for key, value in profile.labels.items())
 
 
-def _refusal(
-    name: str, profile: Profile, wanted: Mapping[str, float], nodes: Sequence[Node], fitting: Sequence[Node]
-) -> str:
+def _refusal(profile: Profile, nodes: Sequence[Node]) -> str:
     """Which demand of an edge is too much, what there is, and what to change."""
+    wanted = demand(profile)
+    fitting = [node for node in nodes if _labelled(node, profile)]
     if not fitting:
         there = sorted(
             {f"{k}={v}" for node in nodes for k, v in node.labels.items() if not k.startswith("ray.io/node-id")}
         )
-        return f"edge {name}: no node has labels {_pairs(profile.labels)}; there are {', '.join(there) or 'none'}"
+        return f"no node has labels {_pairs(profile.labels)}; there are {', '.join(there) or 'none'}"
     for key, amount in wanted.items():
         most = max(node.resources.get(key, 0.0) for node in fitting)
         if amount > most + 1e-9:
             return (
-                f"edge {name}: {_key(key)} {_amount(key, amount)} is more than any node has ({_amount(key, most)}); "
+                f"{_key(key)} {_amount(key, amount)} is more than any node has ({_amount(key, most)}); "
                 "lower it in its profile, or add such a node"
             )
     if not any(_holds(node.resources, wanted) for node in fitting):
-        return (
-            f"edge {name}: no node has {_listed(wanted)} together; lower one of them in its profile, or add such a node"
-        )
+        return f"no node has {_listed(wanted)} together; lower one of them in its profile, or add such a node"
     offer = {key: sum(node.resources.get(key, 0.0) for node in fitting) for key in wanted}
     return (
-        f"edge {name}: no room left for {_listed(wanted)} beside the other edges; "
+        f"no room left for {_listed(wanted)} beside the other edges; "
         f"the {len(fitting)} node(s) offer {_listed(offer)} in all; "
         "lower the profiles, use fewer edges, or fleet.ray=false"
     )
