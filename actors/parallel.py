@@ -261,4 +261,6 @@ def actor_kind(profile: Profile, options: Mapping[str, Any]) -> tuple[type, dict
     count = processes(profile)
     if count == 1:
         return EdgeActor, {**options, "max_concurrency": 2}  # the second thread answers `progress`
-    return ParallelEdge, {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 3 * count + 3}
+    # Ray Train has four actors of its own, which would each preload what an edge needs.
+    bare = {"env_vars": {"RAY_preload_python_modules": ""}}
+    return ParallelEdge, {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 3 * count + 3, "runtime_env": bare}
