@@ -187,15 +187,26 @@ class FleetSettings(Section):
     """The edge servers. profiles: a YAML file of them; edges: the same inline, or the keys that differ from the file's.
 
     clock: what FedPipe's plans count in: `virtual` seconds of the profiles, or `real` ones, measured on each edge. What
-    is planned by measured seconds, or memory of an edge with a capacity, repeats where they do. ray: one
-    Ray actor an edge; false runs them one after another in this process, with the same bits. fraction: share of the
-    available edges asked each round.
+    is planned by measured seconds, or memory of an edge with a capacity, repeats where they do. ray: Ray actors; false
+    runs the edges one after another in this process, with the same bits. fraction: share of the available edges asked
+    each round.
+
+    placement: `dedicated` = one actor an edge; `packed` = edges that reserve the same share workers, as many as there
+    is room for, at most `workers` for each kind of edge. min_edges: so many must find room for the run to start
+    (default: all); the others take part once a node has room. autoscale: ask the cluster's autoscaler for the nodes
+    that are missing, and wait start_timeout_seconds for them. retries: how often in a round an edge is tried again
+    whose worker died.
     """
 
     profiles: str | None = None
     edges: dict[str, Profile] = field(default_factory=dict)
     clock: Literal["virtual", "real"] = "virtual"
     ray: bool = True
+    placement: Literal["dedicated", "packed"] = "dedicated"
+    workers: int | None = None
+    min_edges: int | None = None
+    autoscale: bool = False
+    retries: int = 1
     address: str | None = None
     fraction: float = 1.0
     start_timeout_seconds: Seconds = 300.0
@@ -203,9 +214,14 @@ class FleetSettings(Section):
 
     def __post_init__(self) -> None:
         require(0 < self.fraction <= 1, f"fleet.fraction: {self.fraction} must lie in (0, 1]")
-        for name in ("start_timeout_seconds", "round_timeout_seconds"):
+        for name in ("start_timeout_seconds", "round_timeout_seconds", "workers", "min_edges"):
             value = getattr(self, name)
             require(value is None or value > 0, f"fleet.{name}: {value} must be above 0")
+        require(self.retries >= 0, f"fleet.retries: {self.retries} must not be negative")
+        require(
+            self.workers is None or self.placement == "packed",
+            f"fleet.workers: {self.workers} needs fleet.placement: packed; dedicated edges have one worker each",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
