@@ -90,7 +90,9 @@ def test_an_edge_is_divided_among_its_processes() -> None:
 
 
 def test_parts_are_no_finer_than_ray_counts() -> None:
-    found = scaling(build(Profile, {"workers": 3, "cpus": 0.1, "resources": {"slot": 1}}), "f00")["resources_per_worker"]
+    found = scaling(build(Profile, {"workers": 3, "cpus": 0.1, "resources": {"slot": 1}}), "f00")[
+        "resources_per_worker"
+    ]
     assert found == {"CPU": 0.0333, "slot": 0.3333}
 
 
