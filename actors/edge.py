@@ -26,7 +26,7 @@ OPEN_SITES = 256  # whose rows lie encoded, each in a file of its own; of others
 class EdgeActor:
     """The edge servers of one process. Every call answers with a value: a Refused or Lost instead of an exception.
 
-    first: the edge whose profile the process has. alone: it has no other, and lets go of a base before it loads another;
+    first: the edge whose profile the process has. alone: it has no other, and lets go of a base before the next is loaded;
     several share their bases.
     """
 

@@ -84,7 +84,8 @@ def test_an_edge_is_divided_among_its_processes() -> None:
     """4 cpus, 2 gpus and 8 GiB of one node: 2 cpus, 1 gpu and 4 GiB each."""
     profile = build(Profile, {"gpus": 2, "cpus": 4, "memory_bytes": "8GiB", "labels": {"zone": "a"}})
     assert scaling(profile, "f00") == {
-        "num_workers": 2, "use_gpu": True, "placement_strategy": "STRICT_PACK", "label_selector": {"ray.io/node-id": "f00"},
+        "num_workers": 2, "use_gpu": True, "placement_strategy": "STRICT_PACK",
+        "label_selector": {"ray.io/node-id": "f00"},
         "resources_per_worker": {"CPU": 2.0, "GPU": 1.0, "memory": 4 * 2**30},
     }  # fmt: skip
 
