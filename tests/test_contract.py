@@ -16,7 +16,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
 
-FLEETS = ["serial", "ray"]
+FLEETS = ["serial", "ray", "packed"]
 
 
 @pytest.fixture(params=sorted(METHODS))
