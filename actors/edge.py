@@ -1,4 +1,4 @@
-"""The Ray actor of one edge server: a Site in a process of its own."""
+"""The Ray actor in which edge servers live: one, or many that take turns. A Site is made when it is first asked."""
 
 from __future__ import annotations
 
@@ -18,45 +18,110 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Run
 from fedpipe_ray.site import Progress, Ready, Site, attempt
 
+from .placement import device_fault
+
+OPEN_SITES = 256  # whose rows lie encoded, each in a file of its own; of others they are encoded again when needed
+
 
 class EdgeActor:
-    """One edge server. Every call answers with a value: a Refused or Lost instead of an exception."""
+    """The edge servers of one process. Every call answers with a value: a Refused or Lost instead of an exception.
 
-    def __init__(self, name: str, run: Run, method: Method, private_dir: str | None) -> None:
+    first: the edge whose profile the process has. alone: it has no other, and lets go of a base before another comes;
+    several share their bases.
+    """
+
+    def __init__(self, settings: tuple[Run, Method], private_dir: str | None, first: str, alone: bool = True) -> None:
+        (self.run, self.method), self.alone = settings, alone
+        self.profile = self.run.fleet.edges[first]
+        self.private_dir = Path(private_dir) if private_dir else None
+        self.sites: dict[str, Site] = {}
+        self.open: dict[str, None] = {}  # names of sites with encoded rows, the one used last at the end
+        self.bases: dict[int, Base] = {}
+        self.classes: list[str] = []
         self.parcel: Parcel | None = None
-        self.site = Site(name, run, method, self._load, Path(private_dir) if private_dir else None)
-        cap = self.site.profile.gpu_memory_bytes
+        cap = self.profile.gpu_memory_bytes
         if cap and torch.cuda.is_available():
             whole = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole))
 
-    def _load(self, classes: Sequence[str], bits: int) -> Base:
-        run = self.site.run
-        return Base.load(run.model, run.data.task, classes, run.seed, self.parcel, bits)
+    def equip(
+        self, classes: Sequence[str], files: Mapping[str, bytes] | None, weights: Message | None, first: str | None
+    ) -> None:
+        """What all edges have in common; `files` and `weights` are the driver's parcel, or None to load by name.
 
-    def inspect(self) -> SourceFacts | Refused:
-        """Whether this edge's source can be read, and its labels."""
-        return guarded(self.site.name, self.site.inspect)
-
-    def prepare(
-        self, classes: Sequence[str], files: Mapping[str, bytes] | None, weights: Message | None
-    ) -> Ready | Refused:
-        """Loads model and rows; `files` and `weights` are the driver's parcel, or None to load by name."""
+        first: an edge to make ready at once, so that a replacement's first round has no more to wait for than others.
+        """
+        self.classes = list(classes)
         self.parcel = Parcel(files, weights) if files is not None and weights is not None else None
-        return guarded(self.site.name, lambda: self.site.prepare(classes))
+        if first is not None:
+            self.prepare(first)
 
-    def attempt(self, round: int, shared: Message, own: Message) -> tuple[Report | Lost, Message | None]:
+    def inspect(self, name: str) -> SourceFacts | Refused:
+        """Whether an edge's source can be read, and its labels."""
+        return guarded(name, self._site(name).inspect)
+
+    def prepare(self, name: str) -> Ready | Refused:
+        """Loads an edge's model and rows, and looks at its GPU."""
+        site, needs_model = self._site(name), self.method.base != "none"
+        if needs_model and self.run.model.device != "cpu" and (fault := self._device_fault()):
+            return Refused(name, fault)
+        ready = guarded(name, lambda: site.prepare(self.classes))
+        if needs_model:
+            self._opened(name)
+        return ready
+
+    def attempt(self, name: str, round: int, shared: Message, own: Message) -> tuple[Report | Lost, Message | None]:
         """One round: (report, update), two objects, so that the driver can look at one without fetching the other."""
-        return attempt(self.site, Message({**shared.tensors, **own.tensors}, own.numbers), round)
+        site = self._site(name)
+        if self.method.base != "none":
+            if name not in self.open:
+                ready = self.prepare(name)  # here, lest the round's own time and memory count it
+                if isinstance(ready, Refused):
+                    return Lost(name, ready.reason, ready.traceback), None
+            self._opened(name)
+        return attempt(site, Message({**shared.tensors, **own.tensors}, own.numbers), round)
 
-    def evaluate(self, state: Message | None, split: str, answers: int) -> Metrics | Refused:
-        """Metrics of a state on this edge's own rows."""
-        return guarded(self.site.name, lambda: self.site.evaluate(state, split, answers))
+    def evaluate(self, name: str, state: Message | None, split: str, answers: int) -> Metrics | Refused:
+        """Metrics of a state on an edge's own rows."""
+        site = self._site(name)
+        found = guarded(name, lambda: site.evaluate(state, split, answers))
+        self._opened(name)
+        return found
 
-    def restore(self, round: int, path: str, sha256: str) -> Refused | None:
-        """Takes up the private state of a checkpoint."""
-        return guarded(self.site.name, lambda: self.site.restore(round, path, sha256))
+    def restore(self, name: str, round: int, path: str, sha256: str) -> Refused | None:
+        """Takes up an edge's private state from before `round`."""
+        site = self._site(name)
+        return guarded(name, lambda: site.restore(round, path, sha256))
 
-    def progress(self) -> Progress:
-        """What this edge is doing; answered while it trains."""
-        return dataclasses.replace(self.site.progress)
+    def progress(self) -> dict[str, Progress]:
+        """What the edges that were asked so far are doing; answered while one trains."""
+        return {name: dataclasses.replace(site.progress) for name, site in list(self.sites.items())}
+
+    def _site(self, name: str) -> Site:
+        if name not in self.sites:
+            self.sites[name] = Site(name, self.run, self.method, self._load, self.private_dir)
+        self.sites[name].classes = self.classes
+        return self.sites[name]
+
+    def _opened(self, name: str) -> None:
+        """Notes that an edge's rows are in use; those of the edge used least recently are let go if there are many."""
+        self.open.pop(name, None)
+        self.open[name] = None
+        if len(self.open) > OPEN_SITES:
+            oldest = next(iter(self.open))
+            del self.open[oldest]
+            self.sites[oldest].__dict__.pop("data", None)
+
+    def _load(self, classes: Sequence[str], bits: int) -> Base:
+        if bits in self.bases:
+            return self.bases[bits]
+        base = Base.load(self.run.model, self.run.data.task, classes, self.run.seed, self.parcel, bits)
+        if not self.alone:
+            self.bases[bits] = base
+        return base
+
+    def _device_fault(self) -> str | None:
+        if not torch.cuda.is_available():
+            return device_fault(self.profile, "", 0)
+        found = torch.cuda.get_device_properties(0)
+        return device_fault(self.profile, found.name, found.total_memory)

@@ -1,4 +1,4 @@
-"""RayFleet: one actor an edge server, placed by its profile, one put a round for what the edges share."""
+"""RayFleet: edge servers in Ray actors, placed by their profiles, one put a round for what the edges share."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
 from fedpipe_ray.data import SourceFacts
-from fedpipe_ray.errors import EdgeError, UserError
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.evaluate import Metrics
 from fedpipe_ray.fleet import Refused, accepted, classes_of
 from fedpipe_ray.message import Message
@@ -23,17 +23,22 @@ from fedpipe_ray.settings import Profile, Run
 from fedpipe_ray.site import Progress, Ready
 
 from .connect import connect
-from .parallel import actor_kind
-from .placement import Node, actor_options, unplaceable
+from .dispatch import Answer, Dispatch, taken
+from .faults import Fault, decide, fault_of, too_slow
+from .room import Room
+from .workers import Call, Worker, Workers
 
 log = logging.getLogger("fedpipe")
+
+SHOWN = 64  # edges in the live table; of a larger fleet those that are at work
+Rest = tuple[int, Mapping[str, str]]  # the round before which a private state holds, its path and SHA-256
 
 
 class RayFleet:
     """Edge servers as Ray actors. The same bits as SerialFleet on the same kind of CPU.
 
-    Raises UserError at once if an edge cannot be placed on the cluster. `close` ends the actors, and Ray if it was
-    started here.
+    Raises UserError at once if edges that must be there cannot be placed on the cluster. `close` ends the actors, and
+    Ray if it was started here.
     """
 
     def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
@@ -42,185 +47,190 @@ class RayFleet:
         except ConnectionError as error:
             raise UserError(str(error)) from error
         self.run_settings, self.method, self.private_dir = run, method, private_dir
-        self.actors: dict[str, Any] = {}
+        self.workers = Workers(run, method, private_dir)
+        self.dispatch = Dispatch(self.workers, run.fleet.start_timeout_seconds, self._may_move)
+        self.room = Room(self.workers, run.fleet)
         self.classes: list[str] = []
-        self.parcel: tuple[Any, Any] = (None, None)  # references to files and weights
-        self.private: dict[str, tuple[int, Mapping[str, str]]] = {}
+        self.private: dict[str, Rest] = {}
+        self.restoring: dict[str, Any] = {}  # edges whose private state is on its way to another worker
         self.opened = False
-        nodes = [Node(node["Resources"], node.get("Labels", {})) for node in ray.nodes() if node["Alive"]]
-        refused = unplaceable(run.fleet.edges, nodes)
-        if refused:
+        try:
+            self.room.find()
+        except BaseException:
             self.close()
-            raise UserError("\n".join(refused))
+            raise
 
     @property
     def edges(self) -> Mapping[str, Profile]:
-        """The profiles by name."""
-        return self.run_settings.fleet.edges
+        """The profiles by name, of edges that have a worker now; those whose node is away are left out."""
+        return self.room.present() if self.opened else self.run_settings.fleet.edges
 
     def open(self) -> list[Ready]:
-        """Starts the actors and has each look at its own data and model. Raises EdgeError."""
-        for name in self.edges:
-            self._start(name)
+        """Starts the actors and has each edge look at its own data and model. Raises EdgeError."""
+        self.workers.fill()
+        names = list(self.room.seated())
         if self.method.base != "none":
-            facts: list[SourceFacts] = accepted(self._ask_all("inspect"))
+            facts: list[SourceFacts] = accepted(list(self._ask(names, "inspect").values()))
             self.classes = classes_of(self.run_settings, facts)
             self._load_parcel()
-        ready: list[Ready] = accepted(self._ask_all("prepare", self.classes, *self.parcel))
-        self.opened = True
+            self.workers.equip()
+            ready: list[Ready] = accepted(list(self._ask(names, "prepare").values()))
+        else:  # edges that have nothing to prepare are made when they are first asked
+            heads = [name for pool, there in self.workers.pools.items() for name in pool.edges[: len(there)]]
+            accepted(list(self._ask(heads, "prepare").values()))
+            ready = [Ready(name, {}, "", "cpu") for name in names]
+        self.opened = self.workers.warm = True
         return ready
 
     def run(self, orders: Mapping[str, Message], round: int) -> Iterator[Report | Lost]:
         """All edges at once; reports in the order of the orders, each with a reference to its update."""
-        self._replace_dead()
         shared, own = split(orders)
-        dtype = self.run_settings.wire.dtype
-        everyone = ray.put(Message(shared).to(dtype))
-        sent = {
-            name: self.actors[name].attempt.options(num_returns=2).remote(round, everyone, order.to(dtype))
-            for name, order in own.items()
-            if name in self.actors
-        }
-        for name in orders:
-            if name not in sent:
-                yield Lost(name, "its worker died and could not be replaced")
-                continue
-            report_ref, update_ref = sent.pop(name)
-            report = self._await(name, report_ref)
-            if isinstance(report, Report):
-                report.fetch = partial(fetched, update_ref)
-                if report.private is not None:
-                    self.private[name] = (round + 1, report.private)
-            del update_ref
+        settings, dtype = self.run_settings.fleet, self.run_settings.wire.dtype
+        try:
+            everyone = ray.put(Message(shared).to(dtype))
+        except (ObjectStoreFullError, OutOfDiskError) as error:
+            yield from (Lost(name, fault_of(error).reason) for name in orders)
+            return
+
+        def send(worker: Worker, name: str) -> Any:
+            self._hand_over(worker, name)
+            return worker.actor.attempt.options(num_returns=2).remote(name, round, everyone, own[name].to(dtype))
+
+        limit = settings.round_timeout_seconds
+        late = f"no report within fleet.round_timeout_seconds={limit or 0:g}"
+        for call, answer in self.dispatch.run(orders, send, late, limit, settings.retries):
+            report = self._outcome(call, answer, round)
+            del answer
             yield report
 
     def evaluate(self, state: Message | None, split: str, answers: int = 0) -> dict[str, Metrics | Lost]:
         """Metrics of a state on every edge's own rows; the state is put once."""
-        self._replace_dead()
-        found = self._ask_all("evaluate", None if state is None else ray.put(state), split, answers)
+        reference = None if state is None else ray.put(state)
+        found = self._ask(list(self.edges), "evaluate", reference, split, answers)
         return {
             name: Lost(name, answer.reason, answer.traceback) if isinstance(answer, Refused) else answer
-            for name, answer in zip(self.edges, found, strict=True)
+            for name, answer in found.items()
         }
 
     def restore(self, round: int, private: Mapping[str, Mapping[str, str]]) -> None:
-        """Has the edges take up the private states of a checkpoint. Raises EdgeError."""
-        refs = {
-            name: self.actors[name].restore.remote(round, rest["path"], rest["sha256"])
-            for name, rest in private.items()
-        }
-        accepted([self._answer(name, ref) for name, ref in refs.items()])
+        """Has the edges take up the private states of a checkpoint, those that are away later. Raises EdgeError."""
+
+        def send(worker: Worker, name: str) -> Any:
+            return [worker.actor.restore.remote(name, round, private[name]["path"], private[name]["sha256"])]
+
+        here = self.room.seated()
+        found = self.dispatch.run([name for name in private if name in here], send)
+        accepted([outcome(call.edge, answer) for call, answer in found])
+        self.private |= {name: (round, rest) for name, rest in private.items()}
 
     def progress(self) -> dict[str, Progress]:
-        """What every edge is doing right now; an edge that does not answer within a second is `starting` or `gone`."""
-        refs = {actor.progress.remote(): name for name, actor in list(self.actors.items())}
+        """What every edge is doing right now; one whose worker does not answer within a second is `busy` or `gone`."""
+        everyone = self.run_settings.fleet.edges
+        all_shown = len(everyone) <= SHOWN
+        there = self.room.seated() if self.opened and all_shown else {}
+        result = {
+            name: Progress("starting" if not self.opened else "busy" if name in there else "away")
+            for name in (everyone if all_shown else ())
+        }
+        refs = {w.actor.progress.options(concurrency_group="watch").remote(): w for w in self.workers}
         done, _ = ray.wait(list(refs), num_returns=len(refs), timeout=1.0) if refs else ([], [])
-        result = {name: Progress("starting" if not self.opened else "busy") for name in self.edges}
         for ref in done:
             try:
-                result[refs[ref]] = ray.get(ref)
+                found: dict[str, Progress] = ray.get(ref)
             except RayError:
-                result[refs[ref]] = Progress("gone")
+                found = dict.fromkeys(refs[ref].pool.edges, Progress("gone")) if all_shown else {}
+            idle = ("waiting", "ready", "done")
+            result |= {name: now for name, now in found.items() if all_shown or now.status not in idle}
         return result
 
     def close(self) -> None:
         """Ends the actors, and Ray if it was started here."""
-        for actor in self.actors.values():
-            ray.kill(actor)
-        self.actors.clear()
-        self.parcel = (None, None)
+        self.room.give_back()
+        self.workers.close()
         if self.owns_ray:
             ray.shutdown()
-
-    def _start(self, name: str) -> None:
-        """Makes the actor of an edge; its process imports and loads while we go on."""
-        profile = self.edges[name]
-        kind, options = actor_kind(profile, actor_options(name, profile))
-        self.actors[name] = (
-            ray.remote(kind)
-            .options(**options)
-            .remote(name, self.run_settings, self.method, str(self.private_dir) if self.private_dir else None)
-        )
 
     def _load_parcel(self) -> None:
         """Puts the model into the object store once if the driver is to ship it."""
         model = self.run_settings.model
         ships = model.load == "driver" or (model.load == "auto" and model.name.startswith("builtin:"))
+        files = weights = None
         if ships:
             parcel = Base.load(model, self.run_settings.data.task, self.classes, self.run_settings.seed).parcel()
-            self.parcel = (ray.put(parcel.files), ray.put(parcel.weights))
+            files, weights = ray.put(parcel.files), ray.put(parcel.weights)
+        self.workers.equipment = (self.classes, files, weights)
 
-    def _ask_all(self, call: str, *arguments: Any) -> list[Any]:
-        """One answer an edge, in the order of the edges; asked side by side."""
-        refs = [
-            getattr(self.actors[name], call).remote(*arguments) if name in self.actors else None for name in self.edges
-        ]
-        return [
-            Refused(name, "its worker is gone") if ref is None else self._answer(name, ref)
-            for name, ref in zip(self.edges, refs, strict=True)
-        ]
+    def _ask(self, names: Sequence[str], call: str, *arguments: Any) -> dict[str, Any]:
+        """One answer an edge, or Refused; asked side by side."""
 
-    def _answer(self, name: str, ref: Any) -> Any:
-        """What an actor answered, or Refused if it could not."""
-        limit = self.run_settings.fleet.start_timeout_seconds if not self.opened else None
+        def send(worker: Worker, name: str) -> Any:
+            self._hand_over(worker, name)
+            return [getattr(worker.actor, call).remote(name, *arguments)]
+
+        settings = self.run_settings.fleet
+        limit, retries = (None, settings.retries) if self.opened else (settings.start_timeout_seconds, 0)
+        found = self.dispatch.run(names, send, too_slow(settings.start_timeout_seconds), limit, retries)
+        answers = {call.edge: outcome(call.edge, answer) for call, answer in found}
+        for name in list(self.restoring):
+            self._say_if_fresh(name)
+        return answers
+
+    def _may_move(self, name: str) -> bool:
+        """Only an edge that is known to have no private state may change its worker while that lives."""
+        return self.private_dir is not None and name not in self.private
+
+    def _hand_over(self, worker: Worker, name: str) -> None:
+        """Has a worker that is new to an edge take up its private state first: by path, nothing passes through here."""
+        if name in self.private and self.workers.homes.get(name) is not worker:
+            round, rest = self.private[name]
+            self.restoring[name] = worker.actor.restore.remote(name, round, rest["path"], rest["sha256"])
+
+    def _outcome(self, call: Call, answer: Answer | Fault, round: int) -> Report | Lost:
+        """The report of an edge, its update still elsewhere; or why there is none."""
+        name = call.edge
+        self._say_if_fresh(name)
+        if isinstance(answer, Fault):
+            return Lost(name, answer.reason, answer.traceback)
+        report: Report | Lost = answer.value
+        if isinstance(report, Report):
+            report.fetch = partial(self._fetched, call, answer.beside[0], self.private.get(name))
+            if report.private is not None:
+                self.private[name] = (round + 1, report.private)
+        return report
+
+    def _say_if_fresh(self, name: str) -> None:
+        """Warns if an edge is at another worker which could not take up its private state."""
+        restored = self.restoring.pop(name, None)
+        found = None if restored is None else outcome(name, taken([restored]))
+        if isinstance(found, Refused):
+            log.warning("edge %s starts with fresh private state: %s", name, found.reason)
+
+    def _fetched(self, call: Call, update: Any, before: Rest | None) -> Message:
+        """The update behind a reference: views on the object store. If it is gone, the edge does its round again."""
         try:
-            return ray.get(ref, timeout=limit)
-        except GetTimeoutError:
-            return Refused(
-                name,
-                f"did not answer within fleet.start_timeout_seconds={limit:g}; is the cluster full? see `ray status`",
-            )
-        except RayTaskError as error:
-            return Refused(name, str(error.cause), str(error))
-        except RayActorError as error:
-            self._bury(name)
-            return Refused(name, f"its worker died: {first_line(error)}")
-
-    def _await(self, name: str, ref: Any) -> Report | Lost:
-        """A round's report, or why there is none. An edge that is late or dead gets a new worker next round."""
-        limit = self.run_settings.fleet.round_timeout_seconds
-        try:
-            report: Report | Lost = ray.get(ref, timeout=limit)
-            return report
-        except GetTimeoutError:
-            self._bury(name)
-            return Lost(name, f"no report within fleet.round_timeout_seconds={limit:g}")
-        except RayTaskError as error:
-            return Lost(name, str(error.cause), str(error))
-        except RayActorError as error:
-            self._bury(name)
-            return Lost(name, f"its worker died: {first_line(error)}")
-
-    def _bury(self, name: str) -> None:
-        actor = self.actors.pop(name, None)
-        if actor is not None:
-            ray.kill(actor)
-
-    def _replace_dead(self) -> None:
-        """New workers for edges that lost theirs; one that had private state finds it by path, or starts fresh."""
-        dead = [name for name in self.edges if name not in self.actors]
-        for name in dead:
-            log.warning("edge %s: starting a new worker", name)
-            self._start(name)
-        refs = {name: self.actors[name].prepare.remote(self.classes, *self.parcel) for name in dead}
-        for name, ref in refs.items():
-            try:
-                accepted([self._answer(name, ref)])
-            except EdgeError as error:
-                log.warning("%s", error)
-                self._bury(name)
-                continue
-            if name in self.private:
-                round, rest = self.private[name]
-                answer = self._answer(name, self.actors[name].restore.remote(round, rest["path"], rest["sha256"]))
-                if isinstance(answer, Refused):
-                    log.warning("edge %s starts with fresh private state: %s", name, answer.reason)
+            message: Message = ray.get(update)
+            return message
+        except RayError as error:
+            fault = fault_of(error)
+            call.tries += 1
+            if not decide(fault.kind, call.tries, call.retries).again:
+                raise
+        log.info("edge %s is tried again: %s", call.edge, fault.reason)
+        after = self.private.pop(call.edge, None)
+        if before is not None:
+            self.private[call.edge] = before
+        answer = self.dispatch.again(call)
+        if after is not None:
+            self.private[call.edge] = after
+        bad = answer if isinstance(answer, Fault) else answer.value
+        if isinstance(bad, Fault | Lost):
+            raise RuntimeError(f"and could not be made again: {bad.reason}")
+        return self._fetched(call, answer.beside[0], before)
 
 
-def fetched(ref: Any) -> Message:
-    """The message behind a reference: views on the object store. Raises RayError if it is gone."""
-    message: Message = ray.get(ref)
-    return message
+def outcome(name: str, answer: Answer | Fault) -> Any:
+    """What an edge answered, or Refused."""
+    return Refused(name, answer.reason, answer.traceback) if isinstance(answer, Fault) else answer.value
 
 
 def split(orders: Mapping[str, Message]) -> tuple[dict[str, Any], dict[str, Message]]:
@@ -233,11 +243,3 @@ def split(orders: Mapping[str, Message]) -> tuple[dict[str, Any], dict[str, Mess
         for edge, message in orders.items()
     }
     return shared, own
-
-
-def first_line(error: Exception) -> str:
-    """The line of an error that says most: the first, or the last of an actor that could not be made."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and "creation task" in lines[0]:
-        return f"it could not be made: {lines[-1]}"
-    return lines[0] if lines else type(error).__name__

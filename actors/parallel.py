@@ -33,8 +33,10 @@ from fedpipe_ray.site import Progress, Ready
 from fedpipe_ray.train import process_group
 
 from .edge import EdgeActor
+from .placement import processes
 
-EVERYWHERE = ("prepare", "restore", "attempt")  # what all processes do; the rest is asked of the first alone
+LASTING = ("equip", "prepare", "restore")  # what a new group does over again
+EVERYWHERE = (*LASTING, "attempt")  # what all processes do; the rest is asked of the first alone
 WAIT_SECONDS = 5.0  # a process that is gone frees its thread of the actor after this
 PROGRESS_SECONDS = 0.5
 RESTARTS = 3  # of a group; then the call at hand fails, and the next one starts another group
@@ -53,52 +55,56 @@ class Call:
 
 
 class ParallelEdge:
-    """One edge server of several processes; answers the calls of EdgeActor. Threads of its actor: `thread_count`."""
+    """One edge server of several processes; answers the calls of EdgeActor."""
 
-    def __init__(self, name: str, run: Run, method: Method, private_dir: str | None) -> None:
-        self.name, self.profile = name, run.fleet.edges[name]
+    def __init__(self, settings: tuple[Run, Method], private_dir: str | None, name: str, alone: bool = True) -> None:
+        self.name, self.profile = name, settings[0].fleet.edges[name]
         self.changed = threading.Condition()
-        self.setup: dict[str, tuple[Any, ...]] = {}  # what a new group does first: prepare, then restore
+        self.setup: dict[str, tuple[Any, ...]] = {}  # what a new group does first: equip, prepare, then restore
         self.pending: Call | None = None
-        self.number, self.group, self.failure, self.latest = 0, "", "", Progress()
-        self.given = {"name": name, "run": run, "method": method, "private_dir": private_dir}
+        self.number, self.group, self.failure, self.latest = 0, "", "", {name: Progress()}
+        self.given = {"name": name, "settings": settings, "private_dir": private_dir}
         self.thread: threading.Thread | None = None
 
-    # -- called by the fleet
+    # -- called by the fleet, one after another
 
-    def inspect(self) -> SourceFacts | Refused:
+    def equip(
+        self, classes: Sequence[str], files: Mapping[str, bytes] | None, weights: Message | None, first: str | None
+    ) -> None:
+        """What every process needs; the driver's parcel lies once in the node's store."""
+        self._ask("equip", classes, files, None if weights is None else [ray.put(weights)], first)
+
+    def inspect(self, name: str) -> SourceFacts | Refused:
         """Whether this edge's source can be read, and its labels."""
-        answer: SourceFacts | Refused = self._ask("inspect")
+        answer: SourceFacts | Refused = self._ask("inspect", name)
         return answer
 
-    def prepare(
-        self, classes: Sequence[str], files: Mapping[str, bytes] | None, weights: Message | None
-    ) -> Ready | Refused:
-        """Loads model and rows in every process; the driver's parcel lies once in the node's store."""
-        answer: Ready | Refused = self._ask("prepare", classes, files, None if weights is None else [ray.put(weights)])
+    def prepare(self, name: str) -> Ready | Refused:
+        """Loads model and rows in every process."""
+        answer: Ready | Refused = self._ask("prepare", name)
         return answer
 
-    def attempt(self, round: int, shared: Message, own: Message) -> tuple[Report | Lost, Message | None]:
+    def attempt(self, name: str, round: int, shared: Message, own: Message) -> tuple[Report | Lost, Message | None]:
         """One round of the whole group."""
-        answer = self._ask("attempt", round, shared, own)
+        answer = self._ask("attempt", name, round, shared, own)
         if isinstance(answer, Refused):
             return Lost(self.name, answer.reason, answer.traceback), None
         report: Report | Lost = answer[0]
         if isinstance(report, Report) and report.private is not None:
-            self.setup["restore"] = (round + 1, report.private["path"], report.private["sha256"])
+            self.setup["restore"] = (name, round + 1, report.private["path"], report.private["sha256"])
         return report, answer[1]
 
-    def evaluate(self, state: Message | None, split: str, answers: int) -> Metrics | Refused:
+    def evaluate(self, name: str, state: Message | None, split: str, answers: int) -> Metrics | Refused:
         """Metrics of a state on this edge's own rows, by the first process."""
-        answer: Metrics | Refused = self._ask("evaluate", state, split, answers)
+        answer: Metrics | Refused = self._ask("evaluate", name, state, split, answers)
         return answer
 
-    def restore(self, round: int, path: str, sha256: str) -> Refused | None:
+    def restore(self, name: str, round: int, path: str, sha256: str) -> Refused | None:
         """Takes up the private state of a checkpoint in every process."""
-        answer: Refused | None = self._ask("restore", round, path, sha256)
+        answer: Refused | None = self._ask("restore", name, round, path, sha256)
         return answer
 
-    def progress(self) -> Progress:
+    def progress(self) -> dict[str, Progress]:
         """What the first process last said of itself."""
         return self.latest
 
@@ -131,7 +137,7 @@ class ParallelEdge:
             if final or len(call.answers) == processes(self.profile):
                 self._settle(call, answer if final else call.answers[0])
 
-    def note(self, progress: Progress) -> None:
+    def note(self, progress: dict[str, Progress]) -> None:
         """Where the first process is."""
         self.latest = progress
 
@@ -150,7 +156,7 @@ class ParallelEdge:
         while not call.done.wait(WAIT_SECONDS):
             if not self.thread.is_alive():
                 self._settle(call, Refused(self.name, f"its processes could not be kept: {self.failure}"))
-        if name in ("prepare", "restore") and not isinstance(call.answer, Refused):
+        if name in LASTING and not isinstance(call.answer, Refused):
             self.setup[name] = arguments
         return call.answer
 
@@ -170,7 +176,7 @@ class ParallelEdge:
             TorchTrainer(
                 serve,
                 train_loop_config={**self.given, "edge": me},
-                scaling_config=ScalingConfig(**scaling(self.profile)),
+                scaling_config=ScalingConfig(**scaling(self.profile, ray.get_runtime_context().get_node_id())),
                 run_config=RunConfig(
                     name=self.name, storage_path=place, failure_config=FailureConfig(max_failures=RESTARTS)
                 ),
@@ -187,29 +193,34 @@ def serve(given: dict[str, Any]) -> None:
     rank, _ = process_group()
     edge, tokens = given["edge"], [secrets.token_hex(8)]
     distributed.broadcast_object_list(tokens)  # names this group; an answer of the one before it does not count
-    own = EdgeActor(given["name"], given["run"], given["method"], given["private_dir"] if rank == 0 else None)
+    own = EdgeActor(given["settings"], given["private_dir"] if rank == 0 else None, given["name"])
     if rank == 0:
         threading.Thread(target=tell, args=(own, edge), daemon=True).start()
-    for name, arguments in ray.get(edge.begin.remote(tokens[0])):
+    for name, arguments in ray.get(inside(edge.begin, tokens[0])):
         carry_out(own, name, arguments)
     number = 0
     while True:
-        call = ray.get(edge.next_call.remote(number))
+        call = ray.get(inside(edge.next_call, number))
         if call is None:
             continue
         number, name, arguments = call
         if rank and name not in EVERYWHERE:
-            ray.get(edge.answered.remote(tokens[0], rank, number, None, False))
+            ray.get(inside(edge.answered, tokens[0], rank, number, None, False))
             continue
         answer = carry_out(own, name, arguments)
         lost = answer[0] if name == "attempt" and isinstance(answer[0], Lost) else None
         broken = lost is not None and not lost.reason.startswith("diverged")  # all processes see the same divergence
         if rank and name == "attempt":
             answer = (answer[0], None)  # one update is enough
-        ray.get(edge.answered.remote(tokens[0], rank, number, answer, broken or isinstance(answer, Refused)))
+        ray.get(inside(edge.answered, tokens[0], rank, number, answer, broken or isinstance(answer, Refused)))
         del answer
         if lost is not None and broken:  # the others may wait for this process in a sum that it left
             raise RuntimeError(f"edge {given['name']}, process {rank}: {lost.reason}")
+
+
+def inside(method: Any, *arguments: Any) -> Any:
+    """A call of a process at its edge's actor, on threads that the fleet's own calls do not take."""
+    return method.options(concurrency_group="inside").remote(*arguments)
 
 
 def carry_out(own: EdgeActor, name: str, arguments: tuple[Any, ...]) -> Any:
@@ -225,17 +236,12 @@ def is_reference(argument: Any) -> bool:
 def tell(own: EdgeActor, edge: Any) -> None:
     """Has the edge's actor know where this process is, for the live table."""
     while True:
-        edge.note.remote(own.progress())
+        inside(edge.note, own.progress())
         time.sleep(PROGRESS_SECONDS)
 
 
-def processes(profile: Profile) -> int:
-    """How many processes train together on an edge: one a GPU, or `workers`."""
-    return max(profile.workers, int(profile.gpus), 1)
-
-
-def scaling(profile: Profile) -> dict[str, Any]:
-    """Arguments of Ray Train's ScalingConfig: an edge's demand in equal parts on one node."""
+def scaling(profile: Profile, node_id: str) -> dict[str, Any]:
+    """Arguments of Ray Train's ScalingConfig: an edge's demand in equal parts on its node."""
     count = processes(profile)
     parts = {"CPU": profile.cpus, "GPU": profile.gpus, "memory": float(profile.memory_bytes or 0), **profile.resources}
     return {
@@ -243,7 +249,7 @@ def scaling(profile: Profile) -> dict[str, Any]:
         "use_gpu": profile.gpus > 0,
         "resources_per_worker": {key: part for key, amount in parts.items() if (part := share(amount, count)) > 0},
         "placement_strategy": "STRICT_PACK",
-        "label_selector": dict(profile.labels) or None,
+        "label_selector": {"ray.io/node-id": node_id},
     }
 
 
@@ -252,13 +258,15 @@ def share(amount: float, count: int) -> float:
     return math.floor(amount / count * 1e4 + 1e-6) / 1e4
 
 
-def actor_kind(profile: Profile, options: Mapping[str, Any]) -> tuple[type, dict[str, Any]]:
-    """(class, options) of an edge's actor, from the options of an edge in one process.
+def actor_kind(profile: Profile, options: Mapping[str, Any]) -> tuple[type, dict[str, int], dict[str, Any]]:
+    """(class, threads by concurrency group, options) of an edge's actor, from the options of an edge in one process.
 
-    The actor of several reserves nothing: they do. It answers each of them, and those that a failed group left waiting,
-    beside the fleet.
+    The fleet's calls follow one another; `watch` answers `progress` meanwhile. The actor of several processes reserves
+    nothing: they do. It answers each of them, and those that a failed group left waiting, on the threads `inside`.
     """
     count = processes(profile)
     if count == 1:
-        return EdgeActor, {**options, "max_concurrency": 2}  # the second thread answers `progress`
-    return ParallelEdge, {"num_cpus": 0, "num_gpus": 0, "max_concurrency": 3 * count + 3}
+        return EdgeActor, {"watch": 1}, dict(options)
+    # Ray Train has four actors of its own, which would each preload what an edge needs.
+    bare = {"env_vars": {"RAY_preload_python_modules": ""}}
+    return ParallelEdge, {"watch": 1, "inside": 3 * count + 3}, {"num_cpus": 0, "num_gpus": 0, "runtime_env": bare}

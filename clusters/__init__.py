@@ -11,14 +11,19 @@ from fedpipe_ray.errors import UserError
 HERE = Path(__file__).parent
 
 
+def find_file(name: str, folder: Path) -> Path | None:
+    """The file `name` in `folder`, the working directory, or this package; None if it is nowhere."""
+    places = [folder / name, Path(name), HERE.parent / name, HERE / name]
+    return next((place for place in places if place.is_file()), None)
+
+
 def find_profiles(name: str, folder: Path) -> dict[str, Any]:
     """The `edges` of the profile file `name`: in `folder`, the working directory, or this package. Raises UserError.
 
     A file may hold `defaults`, which stand below every edge's own keys, and `count` in an edge, which makes so many of
     it: `worker` with count 3 is worker-0, worker-1, worker-2.
     """
-    places = [folder / name, Path(name), HERE.parent / name, HERE / name]
-    path = next((place for place in places if place.is_file()), None)
+    path = find_file(name, folder)
     if path is None:
         known = ", ".join(f"clusters/{p.name}" for p in sorted(HERE.glob("*.yaml")))
         raise UserError(f"fleet.profiles: no file {name}; ready ones: {known}")

@@ -292,7 +292,18 @@ def command_methods(_: argparse.Namespace) -> None:
 
 
 def command_check(options: argparse.Namespace) -> None:
-    """Configuration, model, targets and the data this machine can see; no actor, no training."""
+    """Configuration, model, targets and the data this machine can see, or a cluster file; no actor, no training."""
+    if options.cluster is not None:
+        from actors.placement import unplaceable
+        from clusters import find_profiles
+        from clusters.files import room
+
+        from .config import load_run
+
+        print(
+            room(options.cluster, load_run(options.config, options.overrides, find_profiles).fleet.edges, unplaceable)
+        )
+        return
     run = load(options.config, options.overrides)  # before torch is imported, so that a mistake shows at once
     from .display import Display
     from .results import check_data

@@ -55,7 +55,14 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("methods", help="list the methods and their settings")
 
-    commands.add_parser("check", parents=[run_file], help="check everything that can be checked without training")
+    check = commands.add_parser(
+        "check", parents=[run_file], help="check everything that can be checked without training"
+    )
+    check.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="only whether all edges find room on the cluster of a `ray up` or KubeRay file",
+    )
     return top
 
 

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
 from .settings import Data, Profile, Run
+from .traces import with_traces
 
 T = TypeVar("T")
 
@@ -43,8 +44,15 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what _Loader would take for a number, such as the revision 7e10."""
+    """SafeDumper that quotes what _Loader would take for a number, such as the revision 7e10, and odd line breaks."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Text with a line break of Unicode's escaped: a single-quoted NEL comes back as a newline."""
+        odd = not {"\x85", "\u2028", "\u2029"}.isdisjoint(text)
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style='"' if odd else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
@@ -93,10 +101,17 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     return tree
 
 
+# Making one takes milliseconds, and a run of 1,000 edges needs it 2,000 times.
+_adapters: dict[type, TypeAdapter[Any]] = {}
+
+
 def build(cls: type[T], tree: Mapping[str, Any], where: str = "") -> T:
     """An instance of the dataclass `cls` from plain values, checked strictly. Raises UserError with every mistake."""
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(cls)
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(dict(tree), default=str))
+        checked: T = _adapters[cls].validate_json(json.dumps(dict(tree), default=str))
+        return checked
     except ValidationError as error:
         raise UserError("\n".join(dict.fromkeys(_explain(cls, dict(item), where) for item in error.errors()))) from None
 
@@ -140,7 +155,7 @@ def _keys_at(cls: object, path: Sequence[str]) -> set[str]:
 
 
 def load_run(path: Path, overrides: Sequence[str], find_profiles: Callable[[str, Path], dict[str, Any]]) -> Run:
-    """The resolved, checked run: profiles inline, one explicit source an edge. Raises UserError.
+    """The resolved, checked run: profiles and their traces inline, one explicit source an edge. Raises UserError.
 
     find_profiles(name, folder) reads a profile file named in `fleet.profiles`, beside the run file or in clusters/.
     """
@@ -149,7 +164,9 @@ def load_run(path: Path, overrides: Sequence[str], find_profiles: Callable[[str,
     if isinstance(fleet, dict) and isinstance(fleet.get("profiles"), str):
         profiles, own = find_profiles(fleet["profiles"], path.parent), fleet.get("edges") or {}
         if isinstance(own, dict):
-            tree["fleet"] = {**fleet, "edges": _overlay(profiles, own, fleet["profiles"])}
+            tree["fleet"] = fleet = {**fleet, "edges": _overlay(profiles, own, fleet["profiles"])}
+    if isinstance(fleet, dict) and isinstance(fleet.get("edges"), dict):
+        tree["fleet"] = {**fleet, "edges": with_traces(fleet["edges"], path.parent)}
     run = build(Run, tree)
     if not run.fleet.edges:
         raise UserError(

@@ -159,14 +159,17 @@ class Display:
 
     def round(self, record: Mapping[str, Any]) -> None:
         """One finished round: a plain line, and the bar moves."""
-        lost = [name for name, edge in record["edges"].items() if edge["status"] != "ok"]
+        missing = {
+            status: ", ".join(name for name, edge in record["edges"].items() if edge["status"] == status)
+            for status in ("late", "lost")
+        }
         quality = in_words(record["eval"]["global"])
         line = (
             f"round {record['round']:>3}  train loss {number(record['train_loss'], 3)}"
             + (f"  validation: {quality}" if quality else "")
             + f"  {record['wall_seconds']:.1f} s (virtual {record['virtual_seconds']:.1f} s)"
             + f"  up {megabytes(record['bytes_up'])}  down {megabytes(record['bytes_down'])}"
-            + (f"  lost: {', '.join(lost)}" if lost else "")
+            + "".join(f"  {status}: {names}" for status, names in missing.items() if names)
         )
         self.note(line)
         self._bar.update(self._rounds, completed=record["round"], info="")

@@ -37,3 +37,7 @@ class Interrupted(RuntimeError):
 
 class DivergedError(RuntimeError):
     """The loss of an edge became NaN or infinite; its report is dropped."""
+
+
+class UnfitUpdate(ValueError):
+    """An update came back whole, and the server does not use it; the message says why. Its edge counts as lost."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from bisect import insort
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,19 +14,35 @@ from .errors import AllEdgesLost
 from .evaluate import Metrics, combine
 from .fleet import Fleet
 from .message import Message
-from .methods.base import Method
+from .methods.base import Method, checked
 from .randomness import rng_for
-from .report import Lost, Report
+from .report import Lost, Report, dropped
 from .settings import Profile
 from .site import Site
+from .traces import next_seconds
+
+
+@dataclass(frozen=True)
+class Flight:
+    """An edge at work on a state that may no longer be the newest: `base`, the one after base_round rounds.
+
+    started_seconds: on the virtual clock. What it will report is a function of this and the seed, so no more is kept.
+    """
+
+    edge: str
+    base_round: int
+    started_seconds: float
+    base: Message = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Round:
     """What one round did. number counts from 0; state is the server's after it.
 
-    outcomes: Report (its message released) or Lost of every edge asked, in their order; evaluation: of every edge that
-    has validation rows, empty where none was due. wall_seconds leave evaluate_seconds out.
+    outcomes: Report (its message released) or Lost of every edge that was heard of, in the order of the fleet;
+    evaluation: of every edge that has validation rows, empty where none was due. wall_seconds leave evaluate_seconds
+    out. virtual_seconds: from the end of the round before to the end of this one, clock_seconds: at that end. flights:
+    the edges still at work then (fleet.mode: buffered).
     """
 
     number: int
@@ -35,6 +52,9 @@ class Round:
     quality: Metrics
     wall_seconds: float
     evaluate_seconds: float
+    virtual_seconds: float = 0.0
+    clock_seconds: float = 0.0
+    flights: tuple[Flight, ...] = ()
 
     @property
     def reports(self) -> list[Report]:
@@ -48,14 +68,9 @@ class Round:
         return sum(r.train_loss * r.weight for r in self.reports) / weight if weight else math.nan
 
     @property
-    def virtual_seconds(self) -> float:
-        """What this round would take on the profiles: that of the slowest edge, a lost one as far as it got."""
-        return max((outcome.cost.virtual_seconds for outcome in self.outcomes.values()), default=0.0)
-
-    @property
     def bytes_up(self) -> int:
-        """Bytes of all updates that arrived."""
-        return sum(report.cost.bytes_up for report in self.reports)
+        """Bytes of all updates that arrived whole, also of those that were not used."""
+        return sum(outcome.cost.bytes_up for outcome in self.outcomes.values())
 
     @property
     def bytes_down(self) -> int:
@@ -65,24 +80,61 @@ class Round:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a loop begins: `state` after `round` finished rounds, and the edges' private states by path and hash."""
+    """Where a loop begins: `state` after `round` finished rounds, and the edges' private states by path and hash.
+
+    clock_seconds, flights: as of the last finished round.
+    """
 
     state: Message
     round: int = 0
     private: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    clock_seconds: float = 0.0
+    flights: tuple[Flight, ...] = ()
 
 
-def sample(edges: Mapping[str, Profile], fraction: float, seed: int, round: int) -> dict[str, Profile]:
-    """The edges asked in a round: those available by their profile's chance, then a share of them, at least one."""
-    here = [
-        e
-        for e, p in edges.items()
-        if p.availability >= 1 or rng_for(seed, round, f"available/{e}").random() < p.availability
-    ]
-    here = here or [list(edges)[int(rng_for(seed, round, "available").integers(len(edges)))]]
-    count = max(1, round_half_up(fraction * len(here)))
-    chosen = set(rng_for(seed, round, "sample").permutation(np.array(here, dtype=object))[:count])
+def there(edges: Mapping[str, Profile], seed: int, round: int, clock_seconds: float) -> dict[str, Profile]:
+    """The edges that can be asked at this moment, perhaps none: their trace has them there, and their chance too."""
+    return {
+        name: profile
+        for name, profile in edges.items()
+        if next_seconds(profile.trace, profile.trace_period_seconds, clock_seconds) <= clock_seconds
+        and takes_part(name, profile, seed, round)
+    }
+
+
+def takes_part(edge: str, profile: Profile, seed: int, round: int) -> bool:
+    """Whether the edge's chance falls so in this round: a matter of seed, round and name alone."""
+    return profile.availability >= 1 or rng_for(seed, round, f"available/{edge}").random() < profile.availability
+
+
+def awaited(
+    edges: Mapping[str, Profile], seed: int, round: int, clock_seconds: float
+) -> tuple[float, dict[str, Profile]]:
+    """(the first moment from `clock_seconds` on at which an edge can be asked, those that can be then).
+
+    Where nobody's chance falls so, one edge is drawn and waited for. Raises AllEdgesLost where every trace has ended.
+    """
+    times = {name: next_seconds(p.trace, p.trace_period_seconds, clock_seconds) for name, p in edges.items()}
+    coming = [name for name, time in times.items() if time < math.inf]
+    if not coming:
+        why = f"its trace ended before the {clock_seconds:.6g} s of the virtual clock; set trace_period_seconds"
+        raise AllEdgesLost(round, [Lost(name, why) for name in edges])
+    willing = [name for name in coming if takes_part(name, edges[name], seed, round)]
+    willing = willing or [coming[int(rng_for(seed, round, "available").integers(len(coming)))]]
+    soonest = min(times[name] for name in willing)
+    return soonest, {name: edges[name] for name in willing if times[name] <= soonest}
+
+
+def sample(edges: Mapping[str, Profile], count: int, seed: int, round: int) -> dict[str, Profile]:
+    """`count` of `edges`, or all, drawn for a round; in their order."""
+    chosen = set(rng_for(seed, round, "sample").permutation(np.array(list(edges), dtype=object))[:count])
     return {name: profile for name, profile in edges.items() if name in chosen}
+
+
+def counts(there: int, fraction: float, over_select: float = 1.0) -> tuple[int, int]:
+    """(how many reports a round uses, how many edges it asks) of those that are there: at least one."""
+    used = max(1, round_half_up(fraction * there))
+    return used, min(there, math.ceil(round(over_select * used, 9)))  # 1.1 x 10 is 11, not 11.000000000000002
 
 
 def round_half_up(value: float) -> int:
@@ -98,39 +150,107 @@ def federate(
     rounds: int,
     seed: int,
     fraction: float = 1.0,
+    over_select: float = 1.0,
+    deadline_seconds: float | None = None,
     evaluate_every: int = 1,
     start: Start | None = None,
 ) -> Iterator[Round]:
     """Runs `rounds` rounds of `method` on `fleet` from `start` (default: the method's own beginning).
 
-    Raises AllEdgesLost if no edge of a round gave a usable report and the method learned nothing from that; the state
-    before it stands.
+    Raises AllEdgesLost if no edge of a round gave a usable report and the method learned nothing from that, or none can
+    ever be asked again; the state before it stands.
     """
     start = start or Start(method.start(server, rng_for(seed, 0, "start")))
-    state, first = start.state, start.round
+    state, first, clock = start.state, start.round, start.clock_seconds
     del start  # or the first state would be held to the end
+    deadline = math.inf if deadline_seconds is None else deadline_seconds
     for number in range(first, rounds):
         began = time.perf_counter()
-        edges = sample(fleet.edges, fraction, seed, number)
-        orders = method.plan(state, edges, server, number, rng_for(seed, number, "plan"))
+        opened, here = awaited(fleet.edges, seed, number, clock)
+        used, asked = counts(len(here), fraction, over_select)
+        orders = method.plan(state, sample(here, asked, seed, number), server, number, rng_for(seed, number, "plan"))
         outcomes: dict[str, Report | Lost] = {}
-        arriving = watch(fleet.run(orders, number), outcomes)
+        reports = checked(fleet.run(orders, number), orders, server.run.wire.dtype, server.run.server.norm_bound)
+        reports = on_time(reports, deadline)
+        arriving = watch(reports if used >= len(orders) else first_of(reports, used), outcomes)
         before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
-        outcomes = {name: settled(outcome) for name, outcome in outcomes.items()}
-        learned = state.numbers != before.numbers  # a planner that learned from the losses tries again
-        del before
-        if not learned and not any(isinstance(outcome, Report) for outcome in outcomes.values()):
-            raise AllEdgesLost(number, list(outcomes.values()))
+        closed = closing(outcomes, used, deadline)
+        outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
+        del before, orders, reports, arriving
         wall = time.perf_counter() - began
-        evaluation: dict[str, Metrics] = {}
-        if evaluate_every and ((number + 1) % evaluate_every == 0 or number + 1 == rounds):
-            measured = fleet.evaluate(state, "validation")
-            evaluation = {name: found for name, found in measured.items() if not isinstance(found, Lost) and found}
+        evaluation = measured(fleet, state, number + 1, rounds, evaluate_every)
         spent = time.perf_counter() - began - wall
-        yield Round(number, state, outcomes, evaluation, combine(evaluation), wall, spent)
+        past, clock = clock, opened + closed
+        seconds = opened - past + closed
+        yield Round(number, state, outcomes, evaluation, combine(evaluation), wall, spent, seconds, clock)
 
 
-def watch(reports: Iterator[Report | Lost], outcomes: dict[str, Report | Lost]) -> Iterator[Report | Lost]:
+def on_time(reports: Iterable[Report | Lost], deadline: float) -> Iterator[Report | Lost]:
+    """The reports; those that come after `deadline` seconds of the virtual clock as Lost, their messages unfetched."""
+    for report in reports:
+        if isinstance(report, Report) and report.cost.virtual_seconds > deadline:
+            came = f"late: its report came at {report.cost.virtual_seconds:.4g} s"
+            yield dropped(report, f"{came}, after fleet.deadline_seconds: {deadline:g}", deadline)
+        else:
+            yield report
+
+
+def first_of(reports: Iterable[Report | Lost], count: int) -> Iterator[Report | Lost]:
+    """All outcomes in their order, of the reports only the first `count` on the virtual clock, ties by name.
+
+    The others come as Lost. Waits for every edge, for who is first is known only then, and holds `count` messages.
+    """
+    outcomes: list[Report | Lost] = []
+    ahead: list[Report] = []
+    for outcome in reports:
+        outcomes.append(outcome)
+        if isinstance(outcome, Report):
+            insort(ahead, outcome, key=lambda one: (one.cost.virtual_seconds, one.edge))
+            for late in ahead[count:]:
+                late.release()
+            del ahead[count:]
+    taken, closed = {one.edge for one in ahead}, ahead[-1].cost.virtual_seconds if ahead else 0.0
+    del ahead
+    for outcome in outcomes:
+        if isinstance(outcome, Report) and outcome.edge not in taken:
+            came = f"late: its report came at {outcome.cost.virtual_seconds:.4g} s"
+            yield dropped(outcome, f"{came}, after the {count} that the round uses, the last at {closed:.4g} s", closed)
+        else:
+            yield outcome
+
+
+def closing(outcomes: Mapping[str, Report | Lost], used: int, deadline: float) -> float:
+    """Seconds of the virtual clock after which a round is over.
+
+    That is when the last report it uses is there; where some edges gave none, when the slowest edge had ended, a lost
+    one as far as it got; but never after the deadline.
+    """
+    taken = [one.cost.virtual_seconds for one in outcomes.values() if isinstance(one, Report)]
+    if len(taken) >= used:
+        return max(taken)
+    return min(deadline, max((one.cost.virtual_seconds for one in outcomes.values()), default=0.0))
+
+
+def measured(fleet: Fleet, state: Message, done: int, rounds: int, every: int) -> dict[str, Metrics]:
+    """Metrics by edge of a state after `done` of `rounds` rounds, if they are due."""
+    if not every or (done % every and done != rounds):
+        return {}
+    found = fleet.evaluate(state, "validation")
+    return {name: metrics for name, metrics in found.items() if not isinstance(metrics, Lost) and metrics}
+
+
+def usable(outcomes: Mapping[str, Report | Lost], round: int, *, learned: bool) -> dict[str, Report | Lost]:
+    """The outcomes as they are recorded. Raises AllEdgesLost if there is no report, and nothing was `learned` from it.
+
+    A planner that learned from the losses tries again.
+    """
+    found = {name: settled(outcome) for name, outcome in outcomes.items()}
+    if not learned and not any(isinstance(outcome, Report) for outcome in found.values()):
+        raise AllEdgesLost(round, list(found.values()))
+    return found
+
+
+def watch(reports: Iterable[Report | Lost], outcomes: dict[str, Report | Lost]) -> Iterator[Report | Lost]:
     """Passes reports on and notes them by edge."""
     for report in reports:
         outcomes[report.edge] = report

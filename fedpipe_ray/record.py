@@ -12,10 +12,11 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
+from .buffered import flights_loaded, flights_saved
 from .config import load_run, to_yaml, training_hash
 from .errors import UserError
 from .loop import Round, Start
@@ -170,13 +171,15 @@ class RunFolder:
         aside, final = parent / f".{name}", parent / name
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        manifest = {key: value for key, value in asdict(point).items() if key != "start"}
+        manifest = {one.name: getattr(point, one.name) for one in fields(point) if one.name != "start"}
         digest = point.start.state.save(aside / "state.safetensors")
         manifest |= {
             "format": FORMAT,
             "round": point.start.round,
             "state_sha256": digest,
             "private": dict(point.start.private),
+            "clock_seconds": point.start.clock_seconds,
+            "flights": flights_saved(point.start, aside),
         }
         write_atomically(aside / "manifest.json", dumps(manifest))
         shutil.rmtree(final, ignore_errors=True)
@@ -254,7 +257,9 @@ def _read_checkpoint(place: Path) -> Checkpoint:
     if manifest.pop("format") != FORMAT:
         raise ValueError("it has another format")
     state = Message.load(place / "state.safetensors", manifest.pop("state_sha256"))
-    return Checkpoint(start=Start(state, manifest.pop("round"), manifest.pop("private")), **manifest)
+    flights, clock = flights_loaded(manifest.pop("flights", []), place), manifest.pop("clock_seconds", 0.0)
+    start = Start(state, manifest.pop("round"), manifest.pop("private"), clock, flights)
+    return Checkpoint(start=start, **manifest)
 
 
 def round_record(done: Round) -> dict[str, Any]:
@@ -263,15 +268,17 @@ def round_record(done: Round) -> dict[str, Any]:
     for name, outcome in done.outcomes.items():
         cost = outcome.cost
         edges[name] = {
-            "status": "lost" if isinstance(outcome, Lost) else "ok",
+            "status": outcome.status if isinstance(outcome, Lost) else "ok",
             "reason": outcome.reason if isinstance(outcome, Lost) else None,
             "train_loss": None if isinstance(outcome, Lost) else outcome.train_loss,
+            "staleness": None if isinstance(outcome, Lost) else done.number - outcome.base_round,
             "samples": cost.samples, "steps": cost.steps, "tokens": cost.tokens, "flops": cost.flops,
             "seconds": cost.seconds, "step_seconds": cost.step_seconds, "virtual_seconds": cost.virtual_seconds,
             "peak_memory_bytes": cost.peak_memory_bytes, "training_memory_bytes": cost.training_memory_bytes,
             "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down,
         }  # fmt: skip
-    slowest = max(done.outcomes.values(), key=lambda outcome: outcome.cost.virtual_seconds, default=None)
+    awaited = [one for one in done.outcomes.values() if not (isinstance(one, Lost) and one.status == "late")]
+    slowest = max(awaited, key=lambda outcome: outcome.cost.virtual_seconds, default=None)
     return {
         "round": done.number + 1,
         "train_loss": done.train_loss,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from .costs import Cost
 from .message import Message
@@ -30,7 +32,7 @@ class Report:
     fetch: Callable[[], Message] | None = field(default=None, repr=False)
 
     def message(self) -> Message:
-        """The edge's update. Raises whatever the transport raises if it is gone."""
+        """The edge's update. Raises UnfitUpdate if it must not be used, or what the transport raises if it is gone."""
         assert self.fetch is not None, "a report's message is fetched once"
         return self.fetch()
 
@@ -43,7 +45,8 @@ class Report:
 class Lost:
     """An edge that gave no usable report this round. traceback: its own, as text, for an exception nobody expected.
 
-    private: as in the report, if it was the server that could not use the message.
+    private: as in the report, if it was the server that could or would not use it. status: `late` if it came, and only
+    after the server had gone on without it.
     """
 
     edge: str
@@ -51,3 +54,12 @@ class Lost:
     traceback: str | None = None
     cost: Cost = field(default_factory=Cost)
     private: dict[str, str] | None = None
+    status: Literal["lost", "late"] = "lost"
+
+
+def dropped(report: Report, reason: str, closed_seconds: float) -> Lost:
+    """`report` as late. Its upload counts if it was complete when the server closed the round: else it was cut off."""
+    report.release()
+    complete = report.cost.virtual_seconds <= closed_seconds
+    cost = report.cost if complete else dataclasses.replace(report.cost, bytes_up=0)
+    return Lost(report.edge, reason, cost=cost, private=report.private, status="late")

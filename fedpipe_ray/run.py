@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .buffered import check_buffered, federate_buffered
 from .config import FREE_ON_RESUME, training_hash
 from .display import Display
 from .errors import AllEdgesLost, Interrupted, UserError
@@ -54,6 +55,7 @@ def preflight(run: Run) -> Method:
             site.bare()
         else:
             check(site)
+    check_buffered(run, method)
     return method
 
 
@@ -121,8 +123,15 @@ class Experiment:
             )
         self.folder.rewind(point.start.round)
         (self.folder.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
-        self.fleet.restore(point.start.round, point.start.private)
+        self.restore(point.start)
         self.point = point
+
+    def restore(self, start: Start) -> None:
+        """Private states as they were: of an edge still at work, before the round in which it was asked."""
+        asked = {flight.edge: flight.base_round for flight in start.flights}
+        for round in sorted({start.round, *asked.values()}):
+            left = {edge: rest for edge, rest in start.private.items() if asked.get(edge, start.round) == round}
+            self.fleet.restore(round, left)
 
     def measure(self, state: Message | None) -> dict[str, Any]:
         """{"global": ..., "edges": {name: ...}} on the test rows, with free-text answers where they are asked for."""
@@ -165,10 +174,18 @@ class Experiment:
 
     def rounds(self) -> Iterator[Round]:
         """The rounds that are left, as they are done."""
-        run = self.run
+        run, fleet = self.run, self.run.fleet
+        every = 0 if self.method.base == "none" else run.evaluate.every
+        if fleet.mode == "buffered" and fleet.buffer is not None:
+            return federate_buffered(
+                self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, buffer=fleet.buffer,
+                concurrency=fleet.concurrency, max_staleness=fleet.max_staleness, evaluate_every=every,
+                start=self.point.start,
+            )  # fmt: skip
         return federate(
-            self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, fraction=run.fleet.fraction,
-            evaluate_every=0 if self.method.base == "none" else run.evaluate.every, start=self.point.start,
+            self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, fraction=fleet.fraction,
+            over_select=fleet.over_select, deadline_seconds=fleet.deadline_seconds, evaluate_every=every,
+            start=self.point.start,
         )  # fmt: skip
 
     def keep(self, done: Round) -> None:
@@ -180,7 +197,7 @@ class Experiment:
             point.totals[key] += record[key]
         left = {edge: outcome.private for edge, outcome in done.outcomes.items() if outcome.private is not None}
         private = {**point.start.private, **left}
-        point.start = Start(done.state, done.number + 1, private)
+        point.start = Start(done.state, done.number + 1, private, done.clock_seconds, done.flights)
         if "loss" in done.quality:
             loss = done.quality["loss"]
             point.history.append({"round": done.number + 1, "loss": loss})
@@ -212,9 +229,12 @@ class Experiment:
 
 
 def warn_of(outcomes: Iterable[Report | Lost], round: int) -> None:
-    """Says which edges were lost in a round (from 0), each with its own traceback where there is one."""
+    """Says which edges were lost in a round (from 0), each with its own traceback where there is one.
+
+    Late ones are no news: they stand in the round's line and its record.
+    """
     for outcome in outcomes:
-        if isinstance(outcome, Lost):
+        if isinstance(outcome, Lost) and outcome.status == "lost":
             log.warning("round %d: edge %s lost: %s", round + 1, outcome.edge, outcome.traceback or outcome.reason)
 
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict
+from .fleet_settings import FleetSettings, Profile
+from .section import Section, require
 
-from .quantity import BitsPerSecond, Bytes, FlopPerSecond, Seconds
-
-
-class Section:
-    """Base of every section: pydantic checks its fields strictly and refuses keys it does not have."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ValueError(message) unless condition: for limits a type cannot say."""
-    if not condition:
-        raise ValueError(message)
+__all__ = [
+    "Data", "Evaluate", "FleetSettings", "Local", "Model", "Partition", "Profile", "Run", "Section", "ServerSettings",
+    "Track", "Wire", "require",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,86 +120,6 @@ class Data(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Profile(Section):
-    """One edge server: what Ray reserves for it, and what the virtual clock believes of it.
-
-    gpus: fraction of one GPU, or a number of GPUs, on which it then trains data-parallel, a process a GPU; workers: so
-    many processes without GPUs. gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host memory Ray
-    reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together; a round
-    that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
-    latency_seconds: one way; availability: chance of taking part in a round. data: keys of `data` that differ here, or
-    just a source. private_dir: where its private state rests, in a folder named as the run folder (default: in that).
-    """
-
-    gpus: float = 0.0
-    workers: int = 1
-    gpu_memory_bytes: Bytes | None = None
-    cpus: float = 1.0
-    memory_bytes: Bytes | None = None
-    training_memory_bytes: Bytes | None = None
-    resources: dict[str, float] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
-    compute_flops: FlopPerSecond = 50e9
-    uplink_bps: BitsPerSecond = 20e6
-    downlink_bps: BitsPerSecond = 100e6
-    latency_seconds: Seconds = 0.02
-    availability: float = 1.0
-    data: str | dict[str, Any] = field(default_factory=dict)
-    private_dir: str | None = None
-
-    @property
-    def capacity_bytes(self) -> float:
-        """What training may take: training_memory_bytes, else gpu_memory_bytes, else infinity."""
-        return self.training_memory_bytes or self.gpu_memory_bytes or math.inf
-
-    def __post_init__(self) -> None:
-        require(self.gpus >= 0 and self.cpus >= 0, f"gpus: {self.gpus} and cpus: {self.cpus} must not be negative")
-        require(
-            self.gpus <= 1 or self.gpus == int(self.gpus),
-            f"gpus: {self.gpus} must be a fraction below 1 or a whole number",
-        )
-        require(self.workers >= 1, f"workers: {self.workers} must be at least 1")
-        require(
-            self.workers == 1 or self.gpus in (0, self.workers),
-            f"workers: {self.workers} processes on {self.gpus:g} gpus; there is one a GPU, so leave workers out",
-        )
-        memories = ("memory_bytes", "gpu_memory_bytes", "training_memory_bytes")
-        for name in ("compute_flops", "uplink_bps", "downlink_bps", *memories):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name}: {value} must be above 0")
-        for name, amount in self.resources.items():
-            require(amount >= 0, f"resources.{name}: {amount} must not be negative")
-        require(self.latency_seconds >= 0, f"latency_seconds: {self.latency_seconds} must not be negative")
-        require(0 < self.availability <= 1, f"availability: {self.availability} must lie in (0, 1]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FleetSettings(Section):
-    """The edge servers. profiles: a YAML file of them; edges: the same inline, or the keys that differ from the file's.
-
-    clock: what FedPipe's plans count in: `virtual` seconds of the profiles, or `real` ones, measured on each edge. What
-    is planned by measured seconds, or memory of an edge with a capacity, repeats where they do. ray: one
-    Ray actor an edge; false runs them one after another in this process, with the same bits. fraction: share of the
-    available edges asked each round.
-    """
-
-    profiles: str | None = None
-    edges: dict[str, Profile] = field(default_factory=dict)
-    clock: Literal["virtual", "real"] = "virtual"
-    ray: bool = True
-    address: str | None = None
-    fraction: float = 1.0
-    start_timeout_seconds: Seconds = 300.0
-    round_timeout_seconds: Seconds | None = None
-
-    def __post_init__(self) -> None:
-        require(0 < self.fraction <= 1, f"fleet.fraction: {self.fraction} must lie in (0, 1]")
-        for name in ("start_timeout_seconds", "round_timeout_seconds"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"fleet.{name}: {value} must be above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Local(Section):
     """Training on an edge in one round: `steps` optimizer steps, or `epochs` over its rows.
 
@@ -252,9 +163,17 @@ class Local(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(Section):
-    """The server's own public data, for methods that align or distil on it."""
+    """data: the server's own public rows, for methods that align or distil on them.
+
+    norm_bound: an update whose change has a larger L2 norm, over all its tensors, is rejected.
+    """
 
     data: Data | None = None
+    norm_bound: float | None = None
+
+    def __post_init__(self) -> None:
+        bound = self.norm_bound
+        require(bound is None or bound > 0, f"server.norm_bound: {bound} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -244,6 +244,7 @@ class Site:
         In a run folder that was moved the file is found where this edge would write it now.
         """
         now = self._private_folder(self.private_dir or Path()) / Path(path).name
+        self._rests = {}  # of an edge that was here before and elsewhere since
         try:
             self._rests = {round: Message.load(now if now.exists() else Path(path), sha256)}
         except (OSError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -57,11 +58,13 @@ def load(path: Path, *overrides: str) -> Run:
 
 
 def fleet_of(kind: str, run: Run, method: Method, private: Path | None = None) -> Fleet:
-    """`serial` or `ray`."""
+    """`serial`, `ray`, or `packed`: on two workers."""
     if kind == "serial":
         return SerialFleet(run, method, private)
     from actors.fleet import RayFleet
 
+    if kind == "packed":
+        run = dataclasses.replace(run, fleet=dataclasses.replace(run.fleet, placement="packed", workers=2))
     return RayFleet(run, method, private)
 
 

@@ -237,7 +237,7 @@ names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,8}", fullmatch=True) | st.sa
     ["no", "1e5", "007", "1_0", "NULL"]
 )
 texts = st.text(max_size=12) | st.sampled_from(
-    ["6e-3", "7e10", ".5e1", "null", "~", "2020-01-01", "1:30", "<<", "=", "#"]
+    ["6e-3", "7e10", ".5e1", "null", "~", "2020-01-01", "1:30", "<<", "=", "#", "a\x85b", "\u2028"]
 )
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 shares = st.floats(0, 1, exclude_min=True)

@@ -16,7 +16,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
 
-FLEETS = ["serial", "ray"]
+FLEETS = ["serial", "ray", "packed"]
 
 
 @pytest.fixture(params=sorted(METHODS))
@@ -93,7 +93,7 @@ def test_hyperparameters_are_frozen_and_described(run: Run) -> None:
 
 def test_sampling_is_a_function_of_seed_and_round(run: Run) -> None:
     edges = run.fleet.edges
-    draws = [tuple(sample(edges, 0.67, seed, round)) for seed in (0, 1) for round in range(20)]
-    assert draws == [tuple(sample(edges, 0.67, seed, round)) for seed in (0, 1) for round in range(20)]
+    draws = [tuple(sample(edges, 2, seed, round)) for seed in (0, 1) for round in range(20)]
+    assert draws == [tuple(sample(edges, 2, seed, round)) for seed in (0, 1) for round in range(20)]
     assert {len(draw) for draw in draws} == {2}
     assert len(set(draws)) == 3

@@ -35,7 +35,7 @@ def a_round(loss: float = 2.5, lost: bool = True, quality: float = 1.25) -> dict
     if lost:
         outcomes[LONG] = Lost(LONG, "its worker died", cost=Cost(bytes_down=1_250_000))
     metrics = {"loss": quality, "perplexity": math.exp(quality), "token_accuracy": 0.5, "tokens": 5, "rows": 2}
-    return round_record(Round(2, Message(), outcomes, {"a": metrics}, metrics, 1.04, 0.5))
+    return round_record(Round(2, Message(), outcomes, {"a": metrics}, metrics, 1.04, 0.5, 7.25))
 
 
 def summary(losses: tuple[float, float] = (3.0, 2.0)) -> dict[str, Any]:

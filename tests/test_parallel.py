@@ -12,7 +12,8 @@ import torch
 from runs import fleet_of, load
 from toys import CPU, PAD, Constant, Some, answer, classifier, llama
 
-from actors.parallel import processes, scaling
+from actors.parallel import scaling
+from actors.placement import processes
 from fedpipe_ray.config import build
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.loop import Round, federate
@@ -82,14 +83,17 @@ def test_processes_of_a_profile() -> None:
 def test_an_edge_is_divided_among_its_processes() -> None:
     """4 cpus, 2 gpus and 8 GiB of one node: 2 cpus, 1 gpu and 4 GiB each."""
     profile = build(Profile, {"gpus": 2, "cpus": 4, "memory_bytes": "8GiB", "labels": {"zone": "a"}})
-    assert scaling(profile) == {
-        "num_workers": 2, "use_gpu": True, "placement_strategy": "STRICT_PACK", "label_selector": {"zone": "a"},
+    assert scaling(profile, "f00") == {
+        "num_workers": 2, "use_gpu": True, "placement_strategy": "STRICT_PACK",
+        "label_selector": {"ray.io/node-id": "f00"},
         "resources_per_worker": {"CPU": 2.0, "GPU": 1.0, "memory": 4 * 2**30},
     }  # fmt: skip
 
 
 def test_parts_are_no_finer_than_ray_counts() -> None:
-    found = scaling(build(Profile, {"workers": 3, "cpus": 0.1, "resources": {"slot": 1}}))["resources_per_worker"]
+    found = scaling(build(Profile, {"workers": 3, "cpus": 0.1, "resources": {"slot": 1}}), "f00")[
+        "resources_per_worker"
+    ]
     assert found == {"CPU": 0.0333, "slot": 0.3333}
 
 

@@ -38,7 +38,12 @@ def rounds_of(kind: str, path: Path, *overrides: str) -> list[Round]:
 )
 def test_serial_and_ray_agree_bitwise(run_file: Path, ray_here: None, overrides: tuple[str, ...]) -> None:
     serial = rounds_of("serial", run_file, *overrides)
-    on_ray = rounds_of("ray", run_file, *overrides)
+    assert_alike(serial, rounds_of("ray", run_file, *overrides))
+    assert_alike(serial, rounds_of("packed", run_file, *overrides))
+
+
+def assert_alike(serial: list[Round], on_ray: list[Round]) -> None:
+    """Same states, same evaluations, same bytes, same clock."""
     assert len(serial) == len(on_ray) >= 2
     for one, other in zip(serial, on_ray, strict=True):
         assert one.state.tensors.keys() == other.state.tensors.keys()

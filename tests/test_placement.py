@@ -167,13 +167,12 @@ def test_fractions_of_a_gpu_add_up() -> None:
             Profile(cpus=0.5, gpus=0.25, memory_bytes=GIB, resources={"camera": 1}, labels={"zone": "a"}),
             {
                 "num_cpus": 0.5, "num_gpus": 0.25, "memory": GIB, "resources": {"camera": 1},
-                "label_selector": {"zone": "a"},
             },
         ),
     ],
 )  # fmt: skip
 def test_options_of_an_actor(profile: Profile, options: dict[str, Any]) -> None:
-    assert actor_options("e", profile) == options
+    assert actor_options(profile) == options
 
 
 def test_what_is_not_wanted_is_not_asked_for() -> None:

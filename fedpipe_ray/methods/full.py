@@ -34,6 +34,7 @@ class Full(Section):
     """FedAvg: every parameter is trained, sent and averaged; no adapter."""
 
     base: ClassVar[Literal["shared", "none"]] = "shared"
+    asynchronous: ClassVar[bool] = True
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The pretrained parameters, the server's own where they are float32."""

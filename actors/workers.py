@@ -1,0 +1,159 @@
+"""The workers of a fleet: actors, each pinned to the node that placement.py found for it; made again where one died."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from fedpipe_ray.methods.base import Method
+from fedpipe_ray.settings import Run
+
+from .parallel import actor_kind
+from .placement import Node, Pool, actor_options, pools_of, seats, without
+
+log = logging.getLogger("fedpipe")
+NAMED = 8  # edges of a pool that a message names
+
+
+@dataclass(eq=False)
+class Call:
+    """Something asked of an edge. answers: where its answer goes; refs: what to wait for and what comes with it."""
+
+    edge: str
+    send: Callable[[Worker, str], Any]
+    limit_seconds: float | None
+    late: str
+    retries: int
+    answers: dict[str, Any]
+    tries: int = 0
+    refs: Any = None
+    began: float = 0.0
+
+
+@dataclass(eq=False)
+class Worker:
+    """An actor. ready: to wait for while it starts, since `began`; given: calls it works at, the first one now."""
+
+    actor: Any
+    pool: Pool
+    node_id: str
+    ready: Any
+    began: float
+    queue: deque[Call] = field(default_factory=deque)
+    given: deque[Call] = field(default_factory=deque)
+
+    @property
+    def load(self) -> int:
+        """Calls it has before it."""
+        return len(self.queue) + len(self.given)
+
+
+class Workers:
+    """Those that live, by pool. homes: which of them an edge was last at, for those asked so far."""
+
+    def __init__(self, run: Run, method: Method, private_dir: Path | None) -> None:
+        self.pools: dict[Pool, list[Worker]] = {pool: [] for pool in pools_of(run.fleet)}
+        self.pool_of = {name: pool for pool in self.pools for name in pool.edges}
+        self.homes: dict[str, Worker] = {}
+        self.equipment: tuple[Any, ...] = ([], None, None)  # classes and the parcel, as `equip` takes them
+        self.warm = False  # whether a new worker makes an edge ready at once
+        self.refusals: dict[str, str] = {}  # of pools without a worker, by pool name
+        self.gone: set[str] = set()  # nodes that Ray may still believe alive
+        self._settings = ray.put((run, method))  # once, however many workers read it
+        self._private_dir = str(private_dir) if private_dir else None
+
+    def __iter__(self) -> Iterator[Worker]:
+        for workers in list(self.pools.values()):
+            yield from list(workers)
+
+    def of(self, name: str) -> list[Worker]:
+        """The workers that an edge may use."""
+        return self.pools[self.pool_of[name]]
+
+    def survey(self) -> list[tuple[Pool, Node]]:
+        """Where more workers can start now; notes in `refusals` why a pool has none and can have none."""
+        lacking = {pool: pool.most - len(workers) for pool, workers in self.pools.items() if len(workers) < pool.most}
+        if not lacking:
+            self.refusals = {}
+            return []
+        ours = [(worker.node_id, worker.pool.profile) for worker in self]
+        nodes = without([node for node in nodes_now() if node.id not in self.gone], ours)
+        found, self.refusals = seats({pool: n for pool, n in lacking.items() if not self.pools[pool]}, nodes)
+        left = without(nodes, [(node.id, pool.profile) for pool, node in found])
+        return found + seats({pool: n for pool, n in lacking.items() if self.pools[pool]}, left)[0]
+
+    def fill(self) -> None:
+        """Starts workers wherever a pool may have more and a node has room."""
+        for pool, node in self.survey():
+            self._start(pool, node)
+
+    def look(self) -> None:
+        """Ends workers whose node left, and starts what there is room for."""
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]} - self.gone
+        for worker in self:
+            if worker.node_id not in alive:
+                log.warning("the node of a worker of edge %s left", worker.pool.name)
+                self.bury(worker)
+        self.fill()
+
+    def equip(self) -> None:
+        """Gives every worker what edges have in common."""
+        for worker in self:
+            worker.ready, worker.began = worker.actor.equip.remote(*self.equipment, None), time.monotonic()
+
+    def bury(self, worker: Worker) -> None:
+        """Ends a worker; its calls are the caller's to give to others."""
+        if worker in self.pools[worker.pool]:
+            self.pools[worker.pool].remove(worker)
+            with suppress(RayError, ValueError):
+                ray.kill(worker.actor)
+
+    def refusal_lines(self) -> list[str]:
+        """A line for every pool without a worker, which names its edges."""
+        pools = {pool.name: pool for pool in self.pools}
+        return [named(pools[name], line) for name, line in self.refusals.items()]
+
+    def close(self) -> None:
+        """Ends all."""
+        for worker in self:
+            self.bury(worker)
+        self.homes.clear()
+
+    def _start(self, pool: Pool, node: Node) -> None:
+        """Makes an actor on `node`; its process imports and loads while we go on."""
+        kind, groups, options = actor_kind(pool.profile, actor_options(pool.profile))
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        remote: Any = ray.remote(concurrency_groups=groups)(kind)  # type: ignore[call-overload]
+        alone = len(pool.edges) == 1
+        actor = remote.options(**options).remote(self._settings, self._private_dir, pool.name, alone)
+        ready = actor.equip.remote(*self.equipment, pool.name if self.warm else None)
+        self.pools[pool].append(Worker(actor, pool, node.id, ready, time.monotonic()))
+
+
+def nodes_now() -> list[Node]:
+    """The nodes of the cluster that are alive."""
+    free = available_resources_per_node()
+    return [
+        Node(node["Resources"], node.get("Labels", {}), node["NodeID"], free.get(node["NodeID"]))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def named(pool: Pool, line: str) -> str:
+    """A refusal of a pool with the names of its edges."""
+    if len(pool.edges) == 1:
+        return line
+    more = f" and {len(pool.edges) - NAMED} more" if len(pool.edges) > NAMED else ""
+    return line.replace(f"edge {pool.name}:", f"edges {', '.join(pool.edges[:NAMED])}{more}:", 1)
