@@ -1,0 +1,133 @@
+"""What is done to a worker in the middle of a round: who reports, with which bits, and what is decided."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from ray import exceptions
+from runs import assert_like, assert_same, here, records, repeatable, tensors
+
+from actors.faults import RULES, Decision, Fault, Kind, decide, fault_of
+
+# -- decisions
+
+
+@pytest.mark.parametrize(
+    ("kind", "tries", "retries", "decision"),
+    [
+        ("died", 1, 1, Decision(again=True, replace=True)),
+        ("died", 2, 1, Decision(again=False, replace=True)),
+        ("died", 1, 0, Decision(again=False, replace=True)),
+        ("node gone", 3, 3, Decision(again=True, replace=True)),
+        ("late", 1, 9, Decision(again=False, replace=True)),
+        ("short of memory", 1, 9, Decision(again=False, replace=True)),
+        ("raised", 1, 9, Decision(again=False, replace=False)),
+        ("no room", 1, 9, Decision(again=False, replace=False)),
+        ("store full", 1, 1, Decision(again=True, replace=False)),
+        ("update lost", 2, 1, Decision(again=False, replace=False)),
+    ],
+)
+def test_decisions(kind: Kind, tries: int, retries: int, decision: Decision) -> None:
+    assert decide(kind, tries, retries) == decision
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_nothing_is_tried_for_ever(kind: Kind) -> None:
+    assert [decide(kind, tries, 2).again for tries in (3, 4, 100)] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (exceptions.ObjectStoreFullError("full"), "store full", "--object-store-memory"),
+        (exceptions.OutOfDiskError("no space left"), "store full", "wire.dtype"),
+        (exceptions.OutOfMemoryError("killed to save the node"), "short of memory", "killed to save the node"),
+        (exceptions.NodeDiedError("the node died"), "node gone", "its node is gone: the node died"),
+        (exceptions.ActorUnschedulableError("nowhere"), "node gone", "its node is gone"),
+        (exceptions.ActorUnavailableError("no answer", None), "died", "its worker died"),
+        (exceptions.ObjectLostError("00" * 28, None, ""), "update lost", "its update was lost on the way"),
+        (ValueError("odd"), "raised", "ValueError: odd"),
+    ],
+)
+def test_what_an_exception_of_ray_means(error: Exception, kind: Kind, says: str) -> None:
+    fault = fault_of(error)
+    assert fault.kind == kind
+    assert says in fault.reason
+    assert isinstance(fault, Fault)
+
+
+# -- runs
+
+
+def struck(tmp_path: Path, how: str, times: int = 1, marks: str = "marks", private: Path | str = "") -> str:
+    (tmp_path / marks).mkdir()
+    method = f"name: 'own_methods:Struck', rank: 4, alpha: 8, how: {how}, times: {times}"
+    return f"method={{{method}, marks: '{tmp_path / marks}', private: '{private}'}}"
+
+
+def reports(out: Path) -> list[int]:
+    """How many edges gave a report, by round."""
+    return [Counter(edge["status"] for edge in record["edges"].values())["ok"] for record in records(out)]
+
+
+@pytest.fixture
+def six_edges(data_dir: Path) -> str:
+    """The override with edges a to f, each with rows of its own."""
+    edges = {name: f"{{cpus: 0.1, compute_flops: 1GFLOP/s, data: '{data_dir}/{name}.jsonl'}}" for name in "abc"}
+    edges |= {new: edges[old] for new, old in zip("def", "abc", strict=True)}
+    return f"fleet.edges={{{', '.join(f'{name}: {edge}' for name, edge in edges.items())}}}"
+
+
+def test_one_kill_of_a_shared_worker_costs_no_report(
+    ray_here: None, run_file: Path, six_edges: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Round 2 of 6, 6 edges on 2 workers: 6 reports in every round, and all bits are those of a quiet run."""
+    out, quiet = tmp_path / "out", tmp_path / "quiet"
+    common = (run_file, six_edges, "rounds=6", "local.steps=1", "evaluate.every=6")
+    packed = ("fleet.ray=true", "fleet.placement=packed", "fleet.workers=2")
+    assert here("run", *common, *packed, struck(tmp_path, "kill"), "--out", out) == 0
+    assert here("run", *common, struck(tmp_path, "kill", 0, "none"), "--out", quiet) == 0
+    assert (tmp_path / "marks" / "0").exists()
+    assert reports(out) == [6] * 6
+    assert_like(out, quiet)
+    assert "edge b is tried again: its worker died" in (out / "log.txt").read_text()
+
+
+def test_without_another_try_a_kill_costs_its_edge_one_round(ray_here: None, run_file: Path, tmp_path: Path) -> None:
+    """The worker is replaced, and takes up the private state that the edge had before that round."""
+    out, serial = tmp_path / "out", tmp_path / "serial"
+    on_ray = ("fleet.ray=true", "fleet.retries=0")
+    assert here("run", run_file, "rounds=4", *on_ray, struck(tmp_path, "kill"), "--out", out) == 0
+    assert here("run", run_file, "rounds=4", struck(tmp_path, "raise", 1, "m2"), "--out", serial) == 0
+    assert reports(out) == reports(serial) == [3, 2, 3, 3]
+    lost = records(out)[1]["edges"]["b"]
+    assert lost["status"] == "lost"
+    assert lost["reason"].startswith("its worker died: ")
+    assert_same(tensors(out), tensors(serial))
+    without = [
+        {**one, "edges": {n: e for n, e in one["edges"].items() if e["status"] == "ok"}} for one in repeatable(out)
+    ]
+    assert [one["train_loss"] for one in without] == [one["train_loss"] for one in repeatable(serial)]
+
+
+def test_an_edge_that_hangs_is_given_up_and_comes_back(ray_here: None, run_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    limit = ("fleet.ray=true", "fleet.round_timeout_seconds=15", "fleet.retries=3")
+    assert here("run", run_file, "rounds=3", *limit, struck(tmp_path, "hang"), "--out", out) == 0
+    assert reports(out) == [3, 2, 3]
+    assert records(out)[1]["edges"]["b"]["reason"] == "no report within fleet.round_timeout_seconds=15"
+
+
+def test_private_state_that_is_gone_is_said(ray_here: None, run_file: Path, tmp_path: Path) -> None:
+    """b goes on with fresh state; the others have theirs in memory and write it anew."""
+    out, private = tmp_path / "out", tmp_path / "out" / "private"
+    assert (
+        here("run", run_file, "rounds=3", "fleet.ray=true", struck(tmp_path, "forget", 1, "m", private), "--out", out)
+        == 0
+    )
+    assert reports(out) == [3, 3, 3]
+    log = (out / "log.txt").read_text()
+    assert "edge b starts with fresh private state: edge b: its private state cannot be restored: " in log
+    assert "edge a starts with fresh private state" not in log
