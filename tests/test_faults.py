@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from ray import exceptions
-from runs import assert_like, assert_same, here, records, repeatable, tensors
+from runs import assert_like, assert_same, here, records, tensors
 
 from actors.faults import RULES, Decision, Fault, Kind, decide, fault_of
 
@@ -95,39 +95,40 @@ def test_one_kill_of_a_shared_worker_costs_no_report(
     assert "edge b is tried again: its worker died" in (out / "log.txt").read_text()
 
 
+def two_edges(**keys: object) -> str:
+    """The override with an actor each for a and b."""
+    more = "".join(f", {key}: {value}" for key, value in keys.items())
+    return f"fleet={{ray: true{more}, edges: {{a: {{cpus: 0.1}}, b: {{cpus: 0.1}}}}}}"
+
+
 def test_without_another_try_a_kill_costs_its_edge_one_round(ray_here: None, run_file: Path, tmp_path: Path) -> None:
     """The worker is replaced, and takes up the private state that the edge had before that round."""
     out, serial = tmp_path / "out", tmp_path / "serial"
-    on_ray = ("fleet.ray=true", "fleet.retries=0")
-    assert here("run", run_file, "rounds=4", *on_ray, struck(tmp_path, "kill"), "--out", out) == 0
-    assert here("run", run_file, "rounds=4", struck(tmp_path, "raise", 1, "m2"), "--out", serial) == 0
-    assert reports(out) == reports(serial) == [3, 2, 3, 3]
+    common = (run_file, "rounds=4", two_edges(retries=0))
+    assert here("run", *common, struck(tmp_path, "kill"), "--out", out) == 0
+    assert here("run", *common, "fleet.ray=false", struck(tmp_path, "raise", 1, "m2"), "--out", serial) == 0
+    assert reports(out) == reports(serial) == [2, 1, 2, 2]
     lost = records(out)[1]["edges"]["b"]
     assert lost["status"] == "lost"
     assert lost["reason"].startswith("its worker died: ")
     assert_same(tensors(out), tensors(serial))
-    without = [
-        {**one, "edges": {n: e for n, e in one["edges"].items() if e["status"] == "ok"}} for one in repeatable(out)
-    ]
-    assert [one["train_loss"] for one in without] == [one["train_loss"] for one in repeatable(serial)]
+    assert [one["train_loss"] for one in records(out)] == [one["train_loss"] for one in records(serial)]
 
 
 def test_an_edge_that_hangs_is_given_up_and_comes_back(ray_here: None, run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    limit = ("fleet.ray=true", "fleet.round_timeout_seconds=15", "fleet.retries=3")
-    assert here("run", run_file, "rounds=3", *limit, struck(tmp_path, "hang"), "--out", out) == 0
-    assert reports(out) == [3, 2, 3]
+    fleet = two_edges(round_timeout_seconds=15, retries=3)
+    assert here("run", run_file, "rounds=3", fleet, struck(tmp_path, "hang"), "--out", out) == 0
+    assert reports(out) == [2, 1, 2]
     assert records(out)[1]["edges"]["b"]["reason"] == "no report within fleet.round_timeout_seconds=15"
 
 
 def test_private_state_that_is_gone_is_said(ray_here: None, run_file: Path, tmp_path: Path) -> None:
-    """b goes on with fresh state; the others have theirs in memory and write it anew."""
+    """b goes on with fresh state; a has its own in memory, and writes it anew."""
     out, private = tmp_path / "out", tmp_path / "out" / "private"
-    assert (
-        here("run", run_file, "rounds=3", "fleet.ray=true", struck(tmp_path, "forget", 1, "m", private), "--out", out)
-        == 0
-    )
-    assert reports(out) == [3, 3, 3]
+    method = struck(tmp_path, "forget", private=private)
+    assert here("run", run_file, "rounds=3", two_edges(), method, "--out", out) == 0
+    assert reports(out) == [2, 2, 2]
     log = (out / "log.txt").read_text()
     assert "edge b starts with fresh private state: edge b: its private state cannot be restored: " in log
     assert "edge a starts with fresh private state" not in log
