@@ -47,7 +47,8 @@ def measure(edges: int) -> dict[str, Any]:
     fleet.open()
     opened = time.perf_counter() - began
     seconds = []
-    for done in federate(method, fleet, server_site(run, method, []), rounds=ROUNDS, seed=0, evaluate_every=0):
+    server, fraction = server_site(run, method, []), run.fleet.fraction
+    for done in federate(method, fleet, server, rounds=ROUNDS, seed=0, fraction=fraction, evaluate_every=0):
         assert len(done.reports) == ASKED
         seconds.append(done.wall_seconds)
     grown = anonymous_bytes() - before

@@ -6,10 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import ray
 from ray import exceptions
 from runs import assert_like, assert_same, here, records, tensors
 
 from actors.faults import RULES, Decision, Fault, Kind, decide, fault_of
+from fedpipe_ray.message import Message
 
 # -- decisions
 
@@ -59,6 +61,25 @@ def test_what_an_exception_of_ray_means(error: Exception, kind: Kind, says: str)
 
 
 # -- runs
+
+
+def test_a_store_without_room_ends_the_run_with_a_remedy(
+    ray_here: None, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray writes to disk what its memory does not hold, so this is a full disk."""
+
+    def full(value: object) -> None:
+        if isinstance(value, Message):
+            raise exceptions.OutOfDiskError("no space left on device")
+        return put(value)
+
+    put = ray.put
+    monkeypatch.setattr("actors.fleet.ray.put", full)
+    fleet = ("fleet.ray=true", "fleet.placement=packed", "fleet.workers=1", "evaluate.every=0")
+    assert here("run", run_file, *fleet, "--out", tmp_path / "out") == 3
+    printed = capsys.readouterr().err
+    assert printed.count("Ray's object store has no room: ") == 3
+    assert "--object-store-memory" in printed
 
 
 def struck(tmp_path: Path, how: str, times: int = 1, marks: str = "marks", private: Path | str = "") -> str:
