@@ -10,7 +10,7 @@ import signal
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -28,11 +28,15 @@ STOP_SECONDS = 3600  # what a job asked to stop gets to finish its round and wri
 WINNING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's client takes their value rather than its argument
 
 
-def submit(address: str | None, command: Sequence[str], code: Path, environment: Mapping[str, str]) -> int:
+def submit(address: str | None, command: Sequence[str], code: Path, names: Sequence[str]) -> int:
     """Runs `command` on the cluster in a copy of the folder `code`; returns its exit code when it has ended.
 
-    What .rayignore and .gitignore name is not sent. Raises UserError if the cluster cannot be reached, or refuses.
+    names: of environment variables that it gets. What .rayignore and .gitignore name is not sent. Raises UserError if
+    one is not set, or the cluster cannot be reached, or refuses.
     """
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise UserError(f"--env {missing[0]}: not set here; export {missing[0]}=..., or leave it out")
     os.environ.setdefault("RAY_AUTH_MODE", "token")  # as `connect` has it
     address = (address or os.environ.get(WINNING[0]) or "").rstrip("/")
     knock(address)
@@ -41,7 +45,7 @@ def submit(address: str | None, command: Sequence[str], code: Path, environment:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **environment}
+    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **{name: os.environ[name] for name in names}}
     try:
         client = JobSubmissionClient(address)
         job = client.submit_job(

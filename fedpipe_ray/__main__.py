@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fedpipe: stopped", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `fedpipe methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report it once more
+        return 141
     finally:
         close_log()
 
@@ -262,9 +265,6 @@ def command_submit(options: argparse.Namespace) -> int:
     config = options.config.resolve()
     if not config.is_relative_to(REPOSITORY):
         raise UserError(f"{options.config} is not in {REPOSITORY}, the folder that is sent; copy it there")
-    missing = [name for name in options.env if name not in os.environ]
-    if missing:
-        raise UserError(f"--env {missing[0]}: not set here; export {missing[0]}=..., or leave it out")
     out = options.out or run.out
     if not out or not ("://" in out or out.startswith("/")):
         print(
@@ -275,7 +275,7 @@ def command_submit(options: argparse.Namespace) -> int:
 
     command = ["python", "-m", "fedpipe_ray", "run", config.relative_to(REPOSITORY).as_posix(), *options.overrides]
     command += ["--out", options.out] if options.out else []
-    return submit(options.address, command, REPOSITORY, {name: os.environ[name] for name in options.env})
+    return submit(options.address, command, REPOSITORY, options.env)
 
 
 def command_methods(_: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import pytest
-from runs import ROOT, env, fedpipe
+from runs import ROOT, command, env, fedpipe
 
 from fedpipe_ray.__main__ import COMMANDS, main
 from fedpipe_ray.arguments import parse, parser
@@ -124,3 +124,15 @@ def test_a_missing_file_ends_with_2_and_one_line(capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert captured.err.startswith("fedpipe: no file no-such-file.yaml")
     assert len(captured.err.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`fedpipe methods | head -n 1`, and a reader that has read nothing."""
+    with subprocess.Popen(
+        command("methods"), cwd=ROOT, env=env(PYTHONUNBUFFERED="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
