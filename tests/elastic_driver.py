@@ -50,11 +50,20 @@ class Driver:
         self.process.stdin.close()
         return self.process.wait(120)
 
+    def close(self) -> None:
+        """Ends it if it still runs."""
+        self.process.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+        self.process.wait()
+
 
 def main(run_file: str, private_dir: str, *overrides: str) -> None:
     """Rounds until the standard input ends; the last state goes beside the private ones."""
+    os.dup2(2, 1)
     run = load(Path(run_file), *overrides)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(relativeCreated)d %(message)s")
     from actors.fleet import RayFleet
     from fedpipe_ray.loop import federate
     from fedpipe_ray.methods import make_method
@@ -86,8 +95,11 @@ def wait_for(nodes: int) -> None:
         time.sleep(0.05)
 
 
+OUT = os.fdopen(os.dup(1), "w") if __name__ == "__main__" else None  # Ray prints too, and that goes to the log
+
+
 def say(what: Any) -> None:
-    print(json.dumps(what), flush=True)
+    print(json.dumps(what), file=OUT, flush=True)
 
 
 if __name__ == "__main__":

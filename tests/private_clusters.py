@@ -60,6 +60,7 @@ class Cluster:
                 member.kill()
         process.kill()
         process.wait()
+        process.stdin.close()
 
 
 @contextmanager
