@@ -116,8 +116,9 @@ class Experiment:
     def resume(self, point: Checkpoint) -> None:
         """Opens the fleet and takes up a checkpoint. Raises UserError if an edge's data is not what it was."""
         ready = self.open()
-        changed = [one.edge for one in ready if point.fingerprints.get(one.edge) != one.fingerprint]
-        if changed or len(ready) != len(point.fingerprints):
+        known = point.fingerprints  # of edges that were there; with fleet.min_edges others may come, and some be away
+        changed = [one.edge for one in ready if known.setdefault(one.edge, one.fingerprint) != one.fingerprint]
+        if changed:
             raise UserError(
                 f"the data of edge {', '.join(changed)} changed since the checkpoint; bring it back, or start a new run"
             )

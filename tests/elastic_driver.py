@@ -63,7 +63,7 @@ def main(run_file: str, private_dir: str, *overrides: str) -> None:
     """Rounds until the standard input ends; the last state goes beside the private ones."""
     os.dup2(2, 1)
     run = load(Path(run_file), *overrides)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(relativeCreated)d %(message)s")
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO)
     from actors.fleet import RayFleet
     from fedpipe_ray.loop import federate
     from fedpipe_ray.methods import make_method

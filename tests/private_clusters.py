@@ -26,7 +26,7 @@ SETTINGS = {
 
 
 class Cluster:
-    """A head without room for any edge. Nodes join it by name, each with one resource of that name."""
+    """A head without room for any edge. Nodes join it by name: a and a2 have one of the resource a."""
 
     def __init__(self, folder: Path, address: str, settings: Mapping[str, str]) -> None:
         self.folder, self.address, self.settings = folder, address, dict(settings)
@@ -40,7 +40,7 @@ class Cluster:
         for name, log in zip(names, logs, strict=True):
             with log.open("w") as file:
                 self.nodes[name] = subprocess.Popen(
-                    [sys.executable, str(NODE), self.address, json.dumps({name: 1}), str(log.with_suffix(""))],
+                    [sys.executable, str(NODE), self.address, json.dumps({name[0]: 1}), str(log.with_suffix(""))],
                     cwd=self.folder, env=plain_environment(self.folder, **self.settings), stdin=subprocess.PIPE,
                     stdout=file, stderr=subprocess.STDOUT,
                 )  # fmt: skip

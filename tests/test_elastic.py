@@ -1,7 +1,8 @@
-"""Fleets on clusters that change: nodes that leave and join, an autoscaler that brings them, edges that wait for one."""
+"""Fleets on clusters that change: nodes leave and join, an autoscaler brings them, edges wait for one."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from elastic_driver import Driver
-from private_clusters import SETTINGS, autoscaled, cluster, raylets
-from runs import ROOT, assert_same, command, env, load, summary
+from private_clusters import Cluster, autoscaled, cluster, raylets
+from refusals import assert_refused
+from runs import ROOT, assert_same, command, env, here, load, records, summary
 
 from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.loop import federate
@@ -19,6 +21,7 @@ from fedpipe_ray.methods import make_method
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Profile
 
+Capture = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.services
 
 
@@ -32,12 +35,8 @@ def wait_for(condition: Callable[[], bool], why: Callable[[], str] = str) -> Non
 
 # -- nodes that leave and join
 
-COUNTING = ["method.name=own_methods:Counting", "rounds=6"]
-
-
-def on_its_own_node(run_file: Path) -> list[str]:
-    """The overrides that have every edge run on a node of its own name only."""
-    return [f"fleet.edges.{edge}.resources={{{edge}: 1}}" for edge in "abc"]
+COUNTING = ["method.name=own_methods:Counting", "rounds=8"]
+APART = [f"fleet.edges.{edge}.resources={{{edge}: 1}}" for edge in "abc"]  # each needs a node with its own name
 
 
 class Attended(SerialFleet):
@@ -47,6 +46,7 @@ class Attended(SerialFleet):
 
     @property
     def edges(self) -> Mapping[str, Profile]:
+        """The profiles by name."""
         return {name: profile for name, profile in super().edges.items() if name in self.those}
 
 
@@ -63,53 +63,77 @@ def attended(run_file: Path, private: Path, rounds: list[str]) -> Message:
     return state
 
 
+def rounds_with_changes(nodes: Cluster, driver: Driver, hold: Path) -> list[str]:
+    """Rounds on a cluster whose nodes leave and join, before and during them; the edges that each round used."""
+    all_three = {"a": "ok", "b": "ok", "c": "ok"}
+    assert driver.answer() == ["a", "c"]  # fleet.min_edges=2 are enough
+    assert driver.round(nodes=3) == {"a": "ok", "c": "ok"}
+    nodes.join("b")
+    assert driver.round(nodes=4) == all_three
+    nodes.leave("a", warned=True)
+    assert driver.round(nodes=3) == {"b": "ok", "c": "ok"}
+
+    driver.begin(nodes=3)  # in whose middle c is held
+    wait_for((hold / "held").exists, driver.log.read_text)
+    nodes.leave("c", warned=False)
+    found = driver.answer()
+    assert found.pop("b") == "ok"
+    assert re.fullmatch("its node is gone: .*; resources.c 1 is more than any node has .*", found.pop("c"))
+    assert not found
+    assert driver.round(nodes=2) == {"b": "ok"}
+    (hold / "go").touch()
+    nodes.join("a", "c")
+    assert driver.round(nodes=4) == all_three
+
+    for file in hold.iterdir():
+        file.unlink()
+    nodes.join("c2")
+    driver.begin(nodes=5)
+    wait_for((hold / "held").exists, driver.log.read_text)
+    nodes.leave("c", warned=False)
+    (hold / "go").touch()
+    assert driver.answer() == all_three  # c was tried again on c2, where its private state was taken up
+    return ["ac", "abc", "bc", "b", "b", "abc", "abc"]
+
+
 def test_nodes_leave_and_join(ray_folder: Path, run_file: Path, tmp_path: Path) -> None:
-    """Each edge has one node that it can be on. What the others and it compute is as if it had been left out."""
+    """Every round gives the bits, and leaves the private states, of a fleet of those that took part."""
     private, hold, log = tmp_path / "out" / "private", tmp_path / "hold", tmp_path / "log"
     hold.mkdir()
     with cluster(ray_folder, HOLD=str(hold)) as nodes:
         nodes.join("a", "c")
-        overrides = [*COUNTING, *on_its_own_node(run_file), f"fleet.address={nodes.address}", "fleet.ray=true"]
-        driver = Driver(log, run_file, private, *overrides, "fleet.min_edges=2")
+        settings = [f"fleet.address={nodes.address}", "fleet.ray=true", "fleet.min_edges=2"]
+        driver = Driver(log, run_file, private, *COUNTING, *APART, *settings)
         try:
-            assert driver.answer() == ["a", "c"]
-            assert driver.round(nodes=3) == {"a": "ok", "c": "ok"}
-            nodes.join("b")
-            assert driver.round(nodes=4) == {"a": "ok", "b": "ok", "c": "ok"}
-            nodes.leave("a", warned=True)
-            assert driver.round(nodes=3) == {"b": "ok", "c": "ok"}
-            driver.begin(nodes=3)
-            wait_for((hold / "held").exists, log.read_text)
-            nodes.leave("c", warned=False)  # in the middle of its round
-            found = driver.answer()
-            assert found.pop("b") == "ok"
-            assert found.keys() == {"c"}
-            print(found)
-            assert found["c"].startswith("its node is gone"), found
-            (hold / "go").touch()
-            assert driver.round(nodes=2) == {"b": "ok"}
-            nodes.join("a", "c")
-            assert driver.round(nodes=4) == {"a": "ok", "b": "ok", "c": "ok"}
-            assert driver.end() == 0
+            rounds = rounds_with_changes(nodes, driver, hold)
+            assert driver.end() == 0, log.read_text()
         finally:
             driver.close()
     said = log.read_text()
-    for line in (
-        "left out until a node has room: edge b: resources.b 1 is more than any node has (0)",
-        "edge b has a worker and takes part from this round on",
-        "the node of a worker of edge a left",
-        "left out until a node has room: edge a: resources.a 1 is more than any node has (0)",
-        "edge a has a worker and takes part from this round on",
-        "edge c has a worker and takes part from this round on",
-    ):
-        assert line in said, said
+    assert "the node of a worker of edge a left" in said
+    assert "edge c is tried again: its " in said
+    for edge in "abc":
+        assert f"edge {edge}: resources.{edge} 1 is more than any node has (0); lower it in its profile" in said
+        assert f"edge {edge} has a worker and takes part from this round on" in said
     assert "fresh private state" not in said
-    rounds = ["ac", "abc", "bc", "b", "b", "abc"]
     expected = attended(run_file, tmp_path / "serial" / "private", rounds)
     assert_same(dict(Message.load(private / "state.safetensors").tensors), dict(expected.tensors))
     for edge in "abc":
-        last = Path(edge, "round-0006.safetensors")
+        last = Path(edge, f"round-{len(rounds):04d}.safetensors")
         assert (private / last).read_bytes() == (tmp_path / "serial" / "private" / last).read_bytes(), edge
+
+
+def test_fewer_edges_than_declared(ray_here: None, run_file: Path, tmp_path: Path, capsys: Capture) -> None:
+    """fleet.min_edges, on a cluster where edge b has no room; without an autoscaler nobody waits for it."""
+    out, lonely = tmp_path / "out", ["fleet.ray=true", "fleet.edges.b.resources={b: 1}"]
+    line = "edge b: resources.b 1 is more than any node has (0); lower it in its profile, or add such a node"
+    for least, more in (("null", ""), ("3", " ... fleet.min_edges: 3 edges must have room")):
+        settings = [f"fleet.min_edges={least}", "fleet.start_timeout_seconds=24h"]
+        assert_refused(capsys, "run", run_file, *lonely, *settings, says=line + more, out=out)
+    assert here("run", run_file, *lonely, "fleet.min_edges=2", "--out", out) == 0
+    assert f"left out until a node has room: {line}" in (out / "log.txt").read_text()
+    assert here("resume", out, "rounds=3") == 0
+    assert [list(record["edges"]) for record in records(out)] == [["a", "c"]] * 3
 
 
 # -- an autoscaler
@@ -129,12 +153,6 @@ def test_an_autoscaler_brings_the_nodes(ray_folder: Path, run_file: Path, tmp_pa
     two = "fleet={ray: true, edges: {a: {cpus: 1, resources: {clinic: 1}}, b: {cpus: 1, resources: {plant: 1}}}}"
     with autoscaled(ray_folder, clinic={"CPU": 1, "clinic": 1}, plant={"CPU": 2, "plant": 1}) as address:
         arguments = [run_file, two, f"fleet.address={address}"]
-        run = started(out, log, *arguments, "fleet.start_timeout_seconds=3600")
-        assert run.wait(240) == 2, log.read_text()  # it waits for nothing
-        assert "edge a: cpus 1 is more than any node has (0)" in log.read_text()
-        assert "edge b: cpus 1 is more than any node has (0)" in log.read_text()
-        assert raylets(ray_folder) == 1
-
         run = started(out, log, *arguments, "fleet.autoscale=true")
         assert run.wait(240) == 0, log.read_text()
         assert "waiting for the autoscaler: edge a: " in log.read_text()
@@ -142,8 +160,8 @@ def test_an_autoscaler_brings_the_nodes(ray_folder: Path, run_file: Path, tmp_pa
         assert raylets(ray_folder) == 3
         wait_for(lambda: raylets(ray_folder) == 1)
 
-        too_much = "fleet.edges.b.cpus=64"
-        run = started(tmp_path / "none", log, *arguments, "fleet.autoscale=true", too_much, "fleet.start_timeout_seconds=4")
+        too_much = ["fleet.edges.b.cpus=64", "fleet.start_timeout_seconds=4"]
+        run = started(tmp_path / "none", log, *arguments, "fleet.autoscale=true", *too_much)
         assert run.wait(240) == 2, log.read_text()
         said = log.read_text()
         assert "the autoscaler brought no node within fleet.start_timeout_seconds=4" in said
