@@ -86,10 +86,9 @@ class RayFleet:
         """All edges at once; reports in the order of the orders, each with a reference to its update."""
         shared, own = split(orders)
         settings, dtype = self.run_settings.fleet, self.run_settings.wire.dtype
-        try:
-            everyone = ray.put(Message(shared).to(dtype))
-        except (ObjectStoreFullError, OutOfDiskError) as error:
-            yield from (Lost(name, fault_of(error).reason) for name in orders)
+        everyone = put(Message(shared).to(dtype))
+        if isinstance(everyone, Fault):
+            yield from (Lost(name, everyone.reason) for name in orders)
             return
 
         def send(worker: Worker, name: str) -> Any:
@@ -105,7 +104,9 @@ class RayFleet:
 
     def evaluate(self, state: Message | None, split: str, answers: int = 0) -> dict[str, Metrics | Lost]:
         """Metrics of a state on every edge's own rows; the state is put once."""
-        reference = None if state is None else ray.put(state)
+        reference = None if state is None else put(state)
+        if isinstance(reference, Fault):
+            return {name: Lost(name, reference.reason) for name in self.edges}
         found = self._ask(list(self.edges), "evaluate", reference, split, answers)
         return {
             name: Lost(name, answer.reason, answer.traceback) if isinstance(answer, Refused) else answer
@@ -231,6 +232,14 @@ class RayFleet:
 def outcome(name: str, answer: Answer | Fault) -> Any:
     """What an edge answered, or Refused."""
     return Refused(name, answer.reason, answer.traceback) if isinstance(answer, Fault) else answer.value
+
+
+def put(message: Message) -> Any:
+    """A reference to `message` in the object store, or a Fault if that has no room."""
+    try:
+        return ray.put(message)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        return fault_of(error)
 
 
 def split(orders: Mapping[str, Message]) -> tuple[dict[str, Any], dict[str, Message]]:

@@ -7,7 +7,7 @@ import re
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fedpipe_ray.settings import FleetSettings, Profile
 
@@ -67,9 +67,21 @@ def actor_options(profile: Profile) -> dict[str, Any]:
     return options
 
 
-def unplaceable(profiles: Mapping[str, Profile], nodes: Sequence[Node]) -> list[str]:
+class Offer(Protocol):
+    """What a node that need not exist yet would have."""
+
+    @property
+    def resources(self) -> Mapping[str, float]:
+        """By Ray's names; memory in bytes."""
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """As Ray matches them."""
+
+
+def unplaceable(profiles: Mapping[str, Profile], nodes: Sequence[Offer]) -> list[str]:
     """A line for every edge that finds no room; empty if all fit together."""
-    return list(place(profiles, nodes)[1].values())
+    return list(place(profiles, [Node(node.resources, node.labels) for node in nodes])[1].values())
 
 
 def place(profiles: Mapping[str, Profile], nodes: Sequence[Node]) -> tuple[dict[str, Node], dict[str, str]]:

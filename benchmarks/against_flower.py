@@ -47,7 +47,7 @@ from benchmarks.flower_side import AnonymousPeak, die_once, note
 from benchmarks.small_llama import TOKENS, write_material
 from benchmarks.table import HERE, publish
 from fedpipe_ray.message import Message
-from fedpipe_ray.settings import FleetSettings, Profile
+from fedpipe_ray.settings import Profile
 from fedpipe_ray.site import Site
 
 ROOT = HERE.parent
@@ -67,7 +67,7 @@ class Work:
     kind: str = "empty"
     update_bytes: int = 4
     kill_round: int = 0  # from 1
-    packed: bool = False  # more logical edges than this machine has room for actors
+    packed: bool = False  # the edges share two workers
     template: bool = False
 
 
@@ -113,10 +113,9 @@ class Exchange(Empty):
 
 def run_settings(work: Work, given: Mapping[str, Any]) -> dict[str, Any]:
     """A run of ours that does the work."""
-    packs = work.packed and can_pack()
-    profile = {"cpus": 1.0 if packs else math.floor(2e4 / work.edges) / 1e4}  # together what Flower has
+    profile = {"cpus": 1.0 if work.packed else math.floor(2e4 / work.edges) / 1e4}  # together what Flower has
     fleet = {"ray": True, "edges": {f"e{i}": profile for i in range(work.edges)}}
-    if packs:
+    if work.packed:
         fleet["placement"] = "packed"
     settings: dict[str, Any] = {"rounds": work.rounds, "fleet": fleet, "evaluate": {"every": 0}}
     if work.kind != "lora":
@@ -130,11 +129,6 @@ def run_settings(work: Work, given: Mapping[str, Any]) -> dict[str, Any]:
         **settings, "model": {"name": given["model"]}, "method": method, "local": local,
         "data": {**data, "validation": 0.0, "max_length": TOKENS},
     }  # fmt: skip
-
-
-def can_pack() -> bool:
-    """Whether logical edges can share workers."""
-    return "placement" in {field.name for field in dataclasses.fields(FleetSettings)}
 
 
 def our_side(work: Work, given: Mapping[str, Any], result: Path) -> None:
@@ -254,7 +248,7 @@ def compare(name: str, work: Work, repeats: int, quick: bool) -> list[dict[str, 
     sides = [side for side in SIDES if work.template or side != "flower template"]
     found: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in sides}
     losses: dict[str, list[float]] = {side: [] for side in sides}
-    faults = {"ours": "not yet: needs fleet.placement"} if work.packed and work.edges > 20 and not can_pack() else {}
+    faults: dict[str, str] = {}
     for repeat in range(repeats):
         for side in sides[:: 1 if repeat % 2 == 0 else -1]:
             if side in faults:
@@ -311,8 +305,7 @@ def main() -> None:
     flower_python(options.torch_index)
     repeats = 1 if options.quick else 5
     rows = [line for name in options.only for line in compare(name, works[name], repeats, options.quick)]
-    placement = "packed" if can_pack() else "dedicated: one worker an edge"
-    facts = {"repeats": repeats, "seed": 0, "flower": NEEDS, "placement of many edges": placement}
+    facts = {"repeats": repeats, "seed": 0, "flower": NEEDS}
     question = "fedpipe-ray and Flower 1.41's simulation, seconds a round"
     if options.quick:
         publish("against_flower_quick", f"{question}; only a few edges and rounds, to see that it runs", rows, **facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -279,8 +280,6 @@ def command_submit(options: argparse.Namespace) -> int:
 
 def command_methods(_: argparse.Namespace) -> None:
     """The methods, their settings and defaults."""
-    import dataclasses
-
     from .methods import METHODS, method_class
     from .methods.base import describe
 
@@ -294,15 +293,14 @@ def command_methods(_: argparse.Namespace) -> None:
 def command_check(options: argparse.Namespace) -> None:
     """Configuration, model, targets and the data this machine can see, or a cluster file; no actor, no training."""
     if options.cluster is not None:
-        from actors.placement import unplaceable
+        from actors.placement import pools_of, unplaceable
         from clusters import find_profiles
         from clusters.files import room
 
         from .config import load_run
 
-        print(
-            room(options.cluster, load_run(options.config, options.overrides, find_profiles).fleet.edges, unplaceable)
-        )
+        fleet = load_run(options.config, options.overrides, find_profiles).fleet
+        print(room(options.cluster, {pool.name: pool.profile for pool in pools_of(fleet)}, unplaceable))
         return
     run = load(options.config, options.overrides)  # before torch is imported, so that a mistake shows at once
     from .display import Display

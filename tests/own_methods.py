@@ -1,6 +1,7 @@
 """Methods that a user might bring: found by name on the path, like `--method.name own_methods:Held`."""
 
 import os
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -68,5 +69,32 @@ class Mortal(Lora):
     def local_update(self, order, site, rng):
         if (site.name, site.round, process_group()[0]) == ("a", 1, 1) and not Path(self.killed).exists():
             Path(self.killed).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().local_update(order, site, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Struck(Counting):
+    """Counting whose edge b is struck in its second round, `times` times, with a file in the folder `marks` each time.
+
+    how: `kill`, `hang`, `raise`; or `forget`: killed, and everybody's private state in `private` is gone.
+    """
+
+    how: str = "kill"
+    times: int = 1
+    marks: str = ""
+    private: str = ""
+
+    def local_update(self, order, site, rng):
+        marks = Path(self.marks)
+        done = len(list(marks.iterdir()))
+        if (site.name, site.round) == ("b", 1) and done < self.times:
+            (marks / str(done)).touch()
+            if self.how == "raise":
+                raise RuntimeError("struck")
+            if self.how == "hang":
+                time.sleep(10**6)
+            if self.how == "forget":
+                shutil.rmtree(self.private)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().local_update(order, site, rng)

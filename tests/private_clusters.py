@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from private_heads import free_ports, head, plain_environment, wait_until_up
-from runs import ROOT, belonging
+from private_heads import head, plain_environment, wait_until_up
+from runs import ROOT, belonging, free_ports
 
 NODE = Path(__file__).with_name("loopback_node.py")
 SETTINGS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from runs import belonging, env
+from runs import belonging, env, free_ports
 
 RAY = Path(sys.executable).with_name("ray")
 PORTS = [
@@ -25,17 +24,6 @@ def plain_environment(home: Path, **changes: str) -> dict[str, str]:
     kept = {name: value for name, value in env().items() if not name.startswith("RAY_")}
     own = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(home)}
     return {**kept, **own, **changes}
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of which nobody listened on any just now."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @contextmanager

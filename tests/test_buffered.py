@@ -27,7 +27,7 @@ from fedpipe_ray.methods import make_method
 from fedpipe_ray.report import Lost
 from fedpipe_ray.run import server_site
 
-FLEETS = ["serial", "ray"]
+FLEETS = ["serial", "packed"]
 OLD = 1 / math.sqrt(2)  # the discount of an update that is one state old
 
 
@@ -200,14 +200,14 @@ def test_both_fleets_and_a_resumed_one_agree(run_file: Path, ray_here: None) -> 
         try:
             fleet.open()
             server = server_site(run, method, [])
-            if kind == "ray":
+            if kind == "packed":
                 at = whole["serial"][1]
                 assert [one.edge for one in at.flights] == ["c"]
                 start = Start(at.state, 2, clock_seconds=at.clock_seconds, flights=at.flights)
             whole[kind] = list(federate_buffered(method, fleet, server, rounds=6, seed=0, buffer=2, start=start))
         finally:
             fleet.close()
-    serial, on_ray = whole["serial"][2:], whole["ray"]
+    serial, on_ray = whole["serial"][2:], whole["packed"]
     assert max(one.number - report.base_round for one in serial for report in one.reports) >= 2
     for one, other in zip(serial, on_ray, strict=True):
         assert_same(dict(one.state.tensors), dict(other.state.tensors))

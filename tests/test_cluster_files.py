@@ -264,7 +264,9 @@ def test_the_commands_in_comments_are_ours(path: Path) -> None:
     """`fedpipe ...` and `python -m fedpipe_ray ...` in the lines that tell how to use a file."""
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     said = [
-        one for line in comments for one in re.findall(r"(?:fedpipe|-m fedpipe_ray) ((?:check|run) CONFIG[^`#]*)", line)
+        one
+        for line in comments
+        for one in re.findall(r"(?:fedpipe|-m fedpipe_ray) ((?:check|run|submit) CONFIG[^`#]*)", line)
     ]
     commands = [shlex.split(one.replace("THIS FILE", path.name)) for one in said]
     assert {parse(one).command for one in commands} >= {"check"}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from runs import fleet_of, load
+from runs import fleet_of, load, tiny_run
 
+from fedpipe_ray.fleet import Fleet
 from fedpipe_ray.loop import Start, federate, sample
 from fedpipe_ray.methods import METHODS, make_method
 from fedpipe_ray.randomness import rng_for
@@ -16,63 +18,64 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
 
-FLEETS = ["serial", "ray", "packed"]
+FLEETS = ["serial", "packed"]  # test_parity.py has actors of their own, too
 
 
-@pytest.fixture(params=sorted(METHODS))
-def run(request: pytest.FixtureRequest, run_file: Path) -> Run:
-    return load(run_file, f"method={{name: {request.param}}}")
+@pytest.fixture(scope="module", params=sorted(METHODS))
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path
+) -> Run:
+    path = tiny_run(tmp_path_factory.mktemp("contract"), model_dir, data_dir)
+    return load(path, f"method={{name: {request.param}}}")
 
 
-@pytest.mark.parametrize("kind", FLEETS)
-def test_state_improves_counts_and_survives_a_missing_edge(kind: str, run: Run, ray_here: None) -> None:
-    method = make_method(run.method)
-    fleet = fleet_of(kind, run, method)
+@pytest.fixture(scope="module", params=FLEETS)
+def fleet(request: pytest.FixtureRequest, run: Run, ray_here: None) -> Iterator[Fleet]:
+    one = fleet_of(request.param, run, make_method(run.method))
     try:
-        fleet.open()
-        server = server_site(run, method, [])
-        state = method.start(server, rng_for(run.seed, 0, "start"))
-        before = {name: metrics["loss"] for name, metrics in fleet.evaluate(None, "test").items()}
-        orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
-        assert list(orders) == list(fleet.edges)
-        reports = list(fleet.run(orders, 0))
-        assert [report.edge for report in reports] == list(orders)
-        assert all(
-            isinstance(r, Report) and r.weight == r.cost.samples > 0 and r.cost.bytes_down == orders[r.edge].total_bytes
-            for r in reports
-        )
-        missing: list[Report | Lost] = [Lost("a", "gone"), *reports[1:]]
-        after = method.aggregate(state, missing, server, 0, rng_for(run.seed, 0, "aggregate"))
-        assert after.tensors.keys() == state.tensors.keys()
-        assert any(not torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
-        *_, last = federate(method, fleet, server, rounds=3, seed=run.seed, start=Start(after, 1))
-        quality = fleet.evaluate(last.state, "test")
-        assert sum(quality[name]["loss"] - before[name] for name in before) < 0
+        one.open()
+        yield one
     finally:
-        fleet.close()
+        one.close()
 
 
-@pytest.mark.parametrize("kind", FLEETS)
-def test_same_order_same_bits(kind: str, run: Run, ray_here: None) -> None:
+def test_state_improves_counts_and_survives_a_missing_edge(run: Run, fleet: Fleet) -> None:
+    method = make_method(run.method)
+    server = server_site(run, method, [])
+    state = method.start(server, rng_for(run.seed, 0, "start"))
+    before = {name: metrics["loss"] for name, metrics in fleet.evaluate(None, "test").items()}
+    orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
+    assert list(orders) == list(fleet.edges)
+    reports = list(fleet.run(orders, 0))
+    assert [report.edge for report in reports] == list(orders)
+    assert all(
+        isinstance(r, Report) and r.weight == r.cost.samples > 0 and r.cost.bytes_down == orders[r.edge].total_bytes
+        for r in reports
+    )
+    missing: list[Report | Lost] = [Lost("a", "gone"), *reports[1:]]
+    after = method.aggregate(state, missing, server, 0, rng_for(run.seed, 0, "aggregate"))
+    assert after.tensors.keys() == state.tensors.keys()
+    assert any(not torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
+    *_, last = federate(method, fleet, server, rounds=3, seed=run.seed, start=Start(after, 1))
+    quality = fleet.evaluate(last.state, "test")
+    assert sum(quality[name]["loss"] - before[name] for name in before) < 0
+
+
+def test_same_order_same_bits(run: Run, fleet: Fleet) -> None:
     """An edge's answer is a function of (seed, round, edge, order), so that a retry changes nothing."""
     method = make_method(run.method)
-    fleet = fleet_of(kind, run, method)
-    try:
-        fleet.open()
-        server = server_site(run, method, [])
-        state = method.start(server, rng_for(run.seed, 0, "start"))
-        orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
-        first = {
-            r.edge: {k: t.clone() for k, t in r.message().tensors.items()}
-            for r in fleet.run(orders, 0)
-            if isinstance(r, Report)
-        }
-        only_b = {"b": orders["b"]}
-        (again,) = [r for r in fleet.run(only_b, 0) if isinstance(r, Report)]
-        for name, tensor in again.message().tensors.items():
-            assert torch.equal(tensor, first["b"][name])
-    finally:
-        fleet.close()
+    server = server_site(run, method, [])
+    state = method.start(server, rng_for(run.seed, 0, "start"))
+    orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
+    first = {
+        r.edge: {k: t.clone() for k, t in r.message().tensors.items()}
+        for r in fleet.run(orders, 0)
+        if isinstance(r, Report)
+    }
+    only_b = {"b": orders["b"]}
+    (again,) = [r for r in fleet.run(only_b, 0) if isinstance(r, Report)]
+    for name, tensor in again.message().tensors.items():
+        assert torch.equal(tensor, first["b"][name])
 
 
 def test_all_lost_leaves_the_state(run: Run) -> None:

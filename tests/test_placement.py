@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.placement import Node, actor_options, demand, unplaceable
-from fedpipe_ray.settings import Profile
+from actors.placement import Node, actor_options, demand, device_fault, pools_of, seats, unplaceable
+from fedpipe_ray.settings import FleetSettings, Profile
 
 GIB = 2**30
 
@@ -179,3 +179,63 @@ def test_what_is_not_wanted_is_not_asked_for() -> None:
     assert demand(Profile(cpus=0, resources={"camera": 0})) == {}
     assert unplaceable({"e": Profile(cpus=0)}, [Node({}, {})]) == []
     assert len(unplaceable({"e": Profile(cpus=0)}, [])) == 1
+
+
+# -- the GPU that an edge got
+
+
+@pytest.mark.parametrize(
+    ("profile", "name", "gib", "says"),
+    [
+        (Profile(), "", 0, None),
+        (Profile(gpus=1), "NVIDIA H100 80GB HBM3", 80, None),
+        (Profile(gpus=1, labels={"gpu": "h100"}), "NVIDIA H100 80GB HBM3", 80, None),
+        (Profile(gpus=1, labels={"ray.io/accelerator-type": "RTX-4090"}), "NVIDIA GeForce RTX 4090", 24, None),
+        (Profile(gpus=0.5), "", 0, "Ray gave it gpus 0.5, but torch sees no GPU"),
+        (Profile(gpus=1, labels={"gpu": "A100"}), "NVIDIA L4", 22, "names the GPU 'A100', and it got 'NVIDIA L4'"),
+        (
+            Profile(gpus=1, gpu_memory_bytes=24 * GIB),
+            "NVIDIA L4",
+            22,
+            "gpu_memory_bytes 24.00 GiB is more than its GPU",
+        ),
+    ],
+)
+def test_the_gpu_is_the_one_of_the_profile(profile: Profile, name: str, gib: int, says: str | None) -> None:
+    fault = device_fault(profile, name, gib * GIB)
+    assert fault is None if says is None else says in str(fault)
+
+
+# -- edges that share workers
+
+
+def packed(edges: Mapping[str, Profile], workers: int | None = None) -> FleetSettings:
+    return FleetSettings(edges=dict(edges), placement="packed", workers=workers)
+
+
+def test_edges_that_reserve_the_same_share_a_pool() -> None:
+    """What the virtual clock believes of them does not matter; what Ray reserves does; several processes stay apart."""
+    edges = {
+        "a": Profile(cpus=2), "b": Profile(cpus=1), "c": Profile(cpus=2, compute_flops=9e9, data="c.jsonl"),
+        "d": Profile(cpus=2, labels={"zone": "a"}), "e": Profile(cpus=2, workers=2), "f": Profile(cpus=2, workers=2),
+    }  # fmt: skip
+    assert [(pool.edges, pool.most) for pool in pools_of(packed(edges))] == [
+        (["a", "c"], 2), (["b"], 1), (["d"], 1), (["e"], 1), (["f"], 1)
+    ]  # fmt: skip
+    assert [pool.most for pool in pools_of(packed(edges, workers=1))] == [1] * 5
+    assert [pool.edges for pool in pools_of(FleetSettings(edges=edges))] == [[name] for name in edges]
+
+
+def test_every_kind_of_edge_gets_a_worker_before_any_gets_a_second() -> None:
+    small = {f"s{i}": Profile(cpus=1) for i in range(5)}
+    pools = pools_of(packed({**small, "large": Profile(cpus=2)}))
+    chosen, faults = seats({pool: pool.most for pool in pools}, [node(4)])
+    assert sorted(pool.name for pool, _ in chosen) == ["large", "s0", "s0"]
+    assert faults == {}
+
+
+def test_room_that_is_free_now_comes_first() -> None:
+    busy, idle = Node({"CPU": 4.0}, {}, "busy", {"CPU": 0.0}), Node({"CPU": 4.0}, {}, "idle", {"CPU": 4.0})
+    pools = pools_of(FleetSettings(edges={f"e{i}": Profile(cpus=2) for i in range(4)}))
+    chosen, _ = seats(dict.fromkeys(pools, 1), [busy, idle])
+    assert [there.id for _, there in chosen] == ["idle", "idle", "busy", "busy"]

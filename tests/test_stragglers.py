@@ -31,7 +31,7 @@ from fedpipe_ray.settings import Profile
 from fedpipe_ray.traces import next_seconds, trace_fault
 
 ONE = Message({"x": torch.zeros(1)}).total_bytes  # an order or an update: a float and its header
-FLEETS = ["serial", "ray"]
+FLEETS = ["serial", "packed"]
 
 
 class Noting:

@@ -207,7 +207,7 @@ def fitting(fetch: Callable[[], Message], sent: Message, wire: str, norm_bound: 
             if name in sent.tensors and before.shape == tensor.shape:
                 change = change - before.to(expected).double()
             squares += float(change.square().sum())
-    if norm_bound is not None and norm_bound**2 < squares < math.inf:  # not finite: the method's own check names which
+    if norm_bound is not None and norm_bound**2 < squares < math.inf:  # not finite: the method names the tensor
         raise UnfitUpdate(
             f"its update is a change of L2 norm {math.sqrt(squares):.4g}, above server.norm_bound: {norm_bound:g}"
         )
