@@ -146,7 +146,7 @@ class Experiment:
         return {"global": combine(edges), "edges": edges}
 
     def finish(self) -> dict[str, Any]:
-        """Runs the rounds that are left; returns the summary. Raises AllEdgesLost, EdgeError, Interrupted, all saved."""
+        """Runs the rounds left; returns the summary. Raises AllEdgesLost, EdgeError or Interrupted, all saved."""
         run, reason = self.run, early_stop(self.run, self.point)  # a run may have been killed after its last round
         try:
             with self.display.rounds(self.fleet, run.rounds, self.point.start.round), stop_after_round() as stop:
