@@ -74,8 +74,9 @@ class Dispatch:
         if not there:
             self.workers.fill()
         if not there:
-            line = self.workers.refusals.get(self.workers.pool_of[call.edge].name, "its worker is gone")
-            call.answers[call.edge] = Fault("no room", line)
+            line = self.workers.refusals.get(self.workers.pool_of[call.edge].name, ": its worker is gone")
+            line = line.partition(": ")[2]  # without the edge's name
+            call.answers[call.edge] = Fault("no room", f"{call.before}; {line}" if call.before else line)
             return
         idlest = min(there, key=lambda worker: (worker.ready is not None, worker.load))
         home = self.workers.homes.get(call.edge)
@@ -166,6 +167,7 @@ class Dispatch:
             self.workers.fill()
         if decision.again:
             log.info("edge %s is tried again: %s", call.edge, fault.reason)
+            call.before = fault.reason
             left.insert(0, call)
         else:
             call.answers[call.edge] = fault
@@ -173,9 +175,13 @@ class Dispatch:
             self._queue(other)
 
     def _unstarted(self, worker: Worker, fault: Fault) -> None:
-        """A worker that did not start. Another is made only for calls that may be tried again, lest none ever ends."""
+        """A worker that did not start. Another is made only for calls that may be tried again, lest none ever ends.
+
+        A node that was gone before is no try: Ray lists one for a while, and once known it is not asked again.
+        """
         for call in self._end(worker, fault):
-            call.tries += 1
+            call.tries += fault.kind != "node gone"
+            call.before = fault.reason
             if decide(fault.kind, call.tries, call.retries).again:
                 self._queue(call)
             else:

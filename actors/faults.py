@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ray.exceptions import (
+    ActorDiedError,
     ActorUnschedulableError,
     NodeDiedError,
     ObjectLostError,
@@ -88,8 +89,11 @@ def too_slow(limit_seconds: float) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The line of an error that says most: the first, or the last of an actor that could not be made."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """The line of an error that says most: the first, the cause of an actor's death, or why it could not be made."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0] == ActorDiedError.BASE_ERROR_MSG:  # then class, ids and address, each after a tab
+        lines = [line for line in lines[1:] if not line.startswith("\t")] or lines
+    lines = [line.strip() for line in lines]
     if len(lines) > 1 and "creation task" in lines[0]:
         return f"it could not be made: {lines[-1]}"
     return lines[0] if lines else type(error).__name__

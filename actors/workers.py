@@ -28,7 +28,10 @@ NAMED = 8  # edges of a pool that a message names
 
 @dataclass(eq=False)
 class Call:
-    """Something asked of an edge. answers: where its answer goes; refs: what to wait for and what comes with it."""
+    """Something asked of an edge. answers: where its answer goes; refs: what to wait for and what comes with it.
+
+    before: why it must be asked again, in words.
+    """
 
     edge: str
     send: Callable[[Worker, str], Any]
@@ -37,6 +40,7 @@ class Call:
     retries: int
     answers: dict[str, Any]
     tries: int = 0
+    before: str = ""
     refs: Any = None
     began: float = 0.0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import parse
-from .errors import AllEdgesLost, Interrupted, UserError
+from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
 
 if TYPE_CHECKING:
     from .display import Display
@@ -204,7 +204,7 @@ def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
     """The rounds that are left; says how to resume when they are stopped."""
     try:
         return dict(experiment.finish())
-    except (Interrupted, AllEdgesLost, KeyboardInterrupt):
+    except (Interrupted, AllEdgesLost, EdgeError, KeyboardInterrupt):
         place = experiment.folder.name
         display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {place}")
         raise

@@ -16,7 +16,7 @@ from typing import Any
 from .buffered import check_buffered, federate_buffered
 from .config import FREE_ON_RESUME, training_hash
 from .display import Display
-from .errors import AllEdgesLost, Interrupted, UserError
+from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
 from .evaluate import Metrics, combine
 from .fleet import Fleet
 from .loop import Round, Start, federate
@@ -116,8 +116,9 @@ class Experiment:
     def resume(self, point: Checkpoint) -> None:
         """Opens the fleet and takes up a checkpoint. Raises UserError if an edge's data is not what it was."""
         ready = self.open()
-        changed = [one.edge for one in ready if point.fingerprints.get(one.edge) != one.fingerprint]
-        if changed or len(ready) != len(point.fingerprints):
+        known = point.fingerprints  # of edges that were there; with fleet.min_edges others may come, and some be away
+        changed = [one.edge for one in ready if known.setdefault(one.edge, one.fingerprint) != one.fingerprint]
+        if changed:
             raise UserError(
                 f"the data of edge {', '.join(changed)} changed since the checkpoint; bring it back, or start a new run"
             )
@@ -145,7 +146,7 @@ class Experiment:
         return {"global": combine(edges), "edges": edges}
 
     def finish(self) -> dict[str, Any]:
-        """Runs the rounds that are left; returns the summary. Raises AllEdgesLost or Interrupted, all saved."""
+        """Runs the rounds left; returns the summary. Raises AllEdgesLost, EdgeError or Interrupted, all saved."""
         run, reason = self.run, early_stop(self.run, self.point)  # a run may have been killed after its last round
         try:
             with self.display.rounds(self.fleet, run.rounds, self.point.start.round), stop_after_round() as stop:
@@ -156,9 +157,9 @@ class Experiment:
                         break
                     if stop and done.number + 1 < run.rounds:
                         raise Interrupted(stop[0])
-        except (AllEdgesLost, Interrupted) as error:
+        except (AllEdgesLost, EdgeError, Interrupted) as error:
             warn_of(error.lost if isinstance(error, AllEdgesLost) else (), self.point.start.round)
-            self.write(self.point.start.state, "failed" if isinstance(error, AllEdgesLost) else "interrupted", {})
+            self.write(self.point.start.state, "interrupted" if isinstance(error, Interrupted) else "failed", {})
             raise
         if reason is not None:
             log.info("stopped after round %d: %s", self.point.start.round, reason)

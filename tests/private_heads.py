@@ -27,9 +27,10 @@ def plain_environment(home: Path, **changes: str) -> dict[str, str]:
 
 
 @contextmanager
-def head(folder: Path, **settings: str) -> Iterator[str]:
-    """The address of a private head, which is ended by its own process ids. settings: its environment."""
+def head(folder: Path, *more: str, port: int | None = None, **settings: str) -> Iterator[str]:
+    """The address of a private head, which is ended by its own process ids. more: flags; settings: its environment."""
     ports = free_ports(len(PORTS) + 12)
+    ports[0] = port or ports[0]
     flags = [f"--{name}={port}" for name, port in zip(PORTS, ports, strict=False)]
     log = folder / "head.log"
     with log.open("w") as file:
@@ -37,12 +38,12 @@ def head(folder: Path, **settings: str) -> Iterator[str]:
             [
                 str(RAY), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", *flags,
                 "--worker-port-list=" + ",".join(map(str, ports[len(PORTS) :])), f"--temp-dir={folder}",
-                "--include-dashboard=false", "--disable-usage-stats",
+                "--include-dashboard=false", "--disable-usage-stats", *more,
             ],
             cwd=folder, env=plain_environment(folder, **settings), stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:
-        _wait_until_up(process, log)
+        wait_until_up(process, log)
         yield f"127.0.0.1:{ports[0]}"
     finally:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -52,7 +53,7 @@ def head(folder: Path, **settings: str) -> Iterator[str]:
         process.wait()
 
 
-def _wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_up(process: subprocess.Popen[bytes], log: Path) -> None:
     """Until `ray start` says that it started; at most two minutes."""
     deadline = time.monotonic() + 120
     while "Ray runtime started" not in log.read_text():
