@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
+
+from fedpipe_ray.settings import Run
 
 from .knock import knock
 
@@ -17,7 +25,7 @@ LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every listener on loopback
     "GLOO_SOCKET_IFNAME": "lo",  # and those of edges of several processes
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_preload_python_modules": "torch,transformers,peft",
+    "RAY_preload_python_modules": "torch,transformers,peft",  # of workers that are no forks
 }
 ALWAYS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an edge without GPU sees none
@@ -25,6 +33,7 @@ ALWAYS = {
     "TORCHDYNAMO_DISABLE": "1",  # as in fedpipe_ray/__main__.py, for programs that start elsewhere
 }
 _begun: list[bool] = []  # what the `connect` of `starting` gave, until another takes it
+_zygotes: list[tuple[subprocess.Popen[bytes], str]] = []  # of this process, each with its folder
 
 
 def set_environment(address: str | None) -> str | None:
@@ -52,12 +61,13 @@ def inside_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def connect(address: str | None) -> bool:
-    """Connects this process to Ray; True if the cluster is ours to end.
+def connect(address: str | None, forked: bool = True) -> bool:
+    """Connects this process to Ray; True if the cluster is ours to end, with `disconnect`.
 
     Raises UserError with the remedy, or ConnectionError where Ray itself fails. Without an address, and outside a job,
     a cluster is started on this machine. With an address the code of this project is shipped; inside a job the job's
-    own `--working-dir` does that. Takes what `starting` began.
+    own `--working-dir` does that. forked: workers of a cluster started here may be forks of a zygote. Takes what
+    `starting` began.
     """
     if _begun:
         return _begun.pop()
@@ -71,7 +81,10 @@ def connect(address: str | None) -> bool:
         knock(address)
     try:
         if address is None:
-            ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+                runtime_env=forked_workers() if forked and sys.platform == "linux" else None,
+            )  # fmt: skip
             return True
         code = None if inside_job() else {"working_dir": str(Path(__file__).resolve().parent.parent)}
         where = None if inside_job() else address
@@ -85,8 +98,49 @@ def connect(address: str | None) -> bool:
     return False
 
 
+def without_gpus(run: Run) -> bool:
+    """Whether no edge of a run reserves a GPU, so that workers may be forks: CUDA does not survive one."""
+    return not any(profile.gpus for profile in run.fleet.edges.values())
+
+
+def forking() -> bool:
+    """Whether the workers of the cluster that this process started are forks."""
+    return bool(_zygotes)
+
+
+def disconnect() -> None:
+    """Ends a cluster that `connect` started, and what belongs to it."""
+    import ray
+
+    ray.shutdown()
+    end_zygotes()
+
+
+def forked_workers() -> dict[str, str]:
+    """The runtime environment in which Ray's workers are forks of a new zygote; that ends with this process."""
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # they would not be forks
+    folder = tempfile.mkdtemp(prefix="fedpipe-zygote-")
+    place, script = f"{folder}/socket", str(Path(__file__).with_name("zygote.py"))
+    zygote = subprocess.Popen(
+        [sys.executable, script, "serve", place], stdin=subprocess.PIPE, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    _zygotes.append((zygote, folder))
+    return {"py_executable": shlex.join([sys.executable, "-I", "-S", script, "ask", place])}
+
+
+@atexit.register
+def end_zygotes() -> None:
+    """Ends the zygotes of this process; their workers live as long as Ray does."""
+    while _zygotes:
+        zygote, folder = _zygotes.pop()
+        zygote.terminate()
+        zygote.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
-def starting(address: str | None) -> Iterator[None]:
+def starting(address: str | None, forked: bool = True) -> Iterator[None]:
     """Starts a private cluster, for the `connect` to come, while a thread imports what a run needs; an error ends it.
 
     One waits and the other computes, so together they take as long as the imports. Ray starts in the thread that stays:
@@ -101,13 +155,11 @@ def starting(address: str | None) -> Iterator[None]:
         return
     imports = Thread(target=import_module, args=("fedpipe_ray.run",))
     imports.start()
-    _begun.append(connect(address))
+    _begun.append(connect(address, forked))
     imports.join()
     try:
         yield
     except BaseException:
         if _begun and _begun.pop():
-            import ray
-
-            ray.shutdown()
+            disconnect()
         raise

@@ -22,7 +22,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Run
 from fedpipe_ray.site import Progress, Ready
 
-from .connect import connect
+from .connect import connect, disconnect, without_gpus
 from .dispatch import Answer, Dispatch, taken
 from .faults import Fault, decide, fault_of, too_slow
 from .room import Room
@@ -43,7 +43,7 @@ class RayFleet:
 
     def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
         try:
-            self.owns_ray = connect(run.fleet.address)
+            self.owns_ray = connect(run.fleet.address, without_gpus(run))
         except ConnectionError as error:
             raise UserError(str(error)) from error
         self.run_settings, self.method, self.private_dir = run, method, private_dir
@@ -149,7 +149,7 @@ class RayFleet:
         self.room.give_back()
         self.workers.close()
         if self.owns_ray:
-            ray.shutdown()
+            disconnect()
 
     def _load_parcel(self) -> None:
         """Puts the model into the object store once if the driver is to ship it."""

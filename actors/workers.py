@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fedpipe_ray.methods.base import Method
 from fedpipe_ray.settings import Run
 
+from .connect import forking
 from .parallel import actor_kind
 from .placement import Node, Pool, actor_options, pools_of, seats, without
 
@@ -137,6 +138,8 @@ class Workers:
     def _start(self, pool: Pool, node: Node) -> None:
         """Makes an actor on `node`; its process imports and loads while we go on."""
         kind, groups, options = actor_kind(pool.profile, actor_options(pool.profile))
+        if forking():
+            options.pop("runtime_env", None)  # it spares Ray Train's actors the imports, which forks need not do
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
         remote: Any = ray.remote(concurrency_groups=groups)(kind)  # type: ignore[call-overload]
         alone = len(pool.edges) == 1

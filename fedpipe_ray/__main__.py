@@ -87,9 +87,9 @@ def starting_ray(run: Run) -> contextlib.AbstractContextManager[None]:
     cached = not run.model.name.startswith("builtin:") or any((cache_folder() / "models").glob("llama-*"))
     if not (run.fleet.ray and cached):
         return contextlib.nullcontext()
-    from actors.connect import starting
+    from actors.connect import starting, without_gpus
 
-    return starting(run.fleet.address)
+    return starting(run.fleet.address, without_gpus(run))
 
 
 def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
