@@ -53,13 +53,15 @@ def serve(path: str) -> None:
 
 def received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """(what a new worker is to be, its standard files); ({}, files) if whoever asked has gone away."""
-    header, files, _, _ = socket.recv_fds(connection, 4, 3)
-    if len(header) < 4:
+    files: list[int] = []
+    try:
+        header, files, _, _ = socket.recv_fds(connection, 4, 3)
+        left, parts = struct.unpack("<I", header)[0], []
+        while left and (part := connection.recv(left)):
+            parts.append(part)
+            left -= len(part)
+    except (OSError, struct.error):
         return {}, files
-    left, parts = struct.unpack("<I", header)[0], []
-    while left and (part := connection.recv(left)):
-        parts.append(part)
-        left -= len(part)
     return ({} if left else json.loads(b"".join(parts))), files
 
 
@@ -76,6 +78,7 @@ def become(request: dict[str, Any], files: list[int], connection: socket.socket)
 
     code: Any = 1
     try:
+        os.setsid()  # what is done to the process group of a worker is not done to the zygote's
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for target, file in enumerate(files):
             os.dup2(file, target)
