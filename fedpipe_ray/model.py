@@ -109,10 +109,10 @@ class Base:
                 part.support_avx512bf16_for_cpu = False
         return cls(model, load_tokenizer(settings), device, bits)
 
-    def writable(self) -> Any:
-        """A copy of `model` that shares no memory with it, in float32, every parameter to be trained."""
+    def writable(self, dtype: torch.dtype | None = torch.float32) -> Any:
+        """A copy of `model` that shares no memory with it, in `dtype` (None: as stored), every parameter to train."""
         assert not self.attached, "an adapter would be copied too"
-        return copy.deepcopy(self.model).float().requires_grad_(True)
+        return copy.deepcopy(self.model).to(dtype=dtype).requires_grad_(True)
 
     def parcel(self) -> Parcel:
         """This model as a Parcel; tied weights travel once."""

@@ -33,8 +33,25 @@ def rounds_of(kind: str, path: Path, *overrides: str) -> list[Round]:
         (("ray",), ("model.load=driver", "local.precision=bfloat16", "local.accumulate=2")),
         (("packed",), ("method={name: full}", "model.load=driver")),
         (("packed",), ("method={name: fedadapter, trial_every: 2}", "rounds=3")),
+        (
+            ("packed",),
+            (
+                "method={name: fedkseed, seeds: 32, tau: 4, pro: true}",
+                "rounds=4",
+                "fleet.fraction=0.67",
+                "model.load=driver",
+                "wire.dtype=bfloat16",
+            ),
+        ),
     ],
-    ids=["plain", "bf16-wire-dropout-sampled", "shipped-model-autocast", "full-shipped-model", "fedadapter"],
+    ids=[
+        "plain",
+        "bf16-wire-dropout-sampled",
+        "shipped-model-autocast",
+        "full-shipped-model",
+        "fedadapter",
+        "fedkseed",
+    ],
 )
 def test_serial_and_ray_agree_bitwise(
     run_file: Path, ray_here: None, kinds: tuple[str, ...], overrides: tuple[str, ...]
