@@ -25,6 +25,7 @@ WAIT_SECONDS = 60.0  # for the zygote to listen
 def serve(path: str) -> None:
     """Imports, then forks a worker for everyone who asks at `path`; ends with its standard input."""
     import gc
+    import logging
     import signal
     from importlib import import_module
 
@@ -32,6 +33,7 @@ def serve(path: str) -> None:
     listener.bind(path)
     listener.listen(128)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # workers that end are nobody's to wait for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in fedpipe_ray/__init__.py
     gc.disable()
     for name in PRELOADED:
         import_module(name)

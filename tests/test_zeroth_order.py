@@ -129,16 +129,15 @@ def test_a_step_needs_one_chunk_beside_inference() -> None:
     stored = sum(4 * p.numel() for p in model.parameters())
     assert stored > 60 * 2**20
     batch = collate(Some([answer([3] * 8, [5] * 8)]), [0], 1, False)
-    grown = []
-    for steps in (0, 2, 0, 2):  # the first of each kind warms up
+    grown: dict[int, list[int]] = {0: [], 2: []}
+    for steps in (0, 2) * 4:  # the first of each kind warms up; the least of the others, for malloc keeps what it likes
         with PeakMemory(CPU) as peak, torch.inference_mode():
             sums(model, batch, CPU)
             if steps:
                 options: dict[str, Any] = {"eps": 1e-3, "lr": 1e-6, "weight_decay": 0.0, "precision": "float32"}
                 search(Direction(model, 5, CPU), [batch] * steps, range(steps), **options)
-        grown.append(peak.grown)
+        grown[steps].append(peak.grown)
     if not peak.bytes:
         pytest.skip("this system does not tell the peak of a process's memory")
-    assert (
-        grown[3] - grown[2] < 8 * 2**20
-    )  # noise, its bits and scratch, each of a chunk of 1 MiB, and what malloc keeps
+    inference, steps = (min(grown[steps][1:]) for steps in (0, 2))
+    assert steps - inference < 8 * 2**20  # noise, its bits and scratch, each of a chunk of 1 MiB
