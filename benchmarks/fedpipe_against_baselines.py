@@ -57,15 +57,23 @@ def memory(*mib: int) -> list[str]:
     return [f"fleet.edges.e{i}.training_memory_bytes={one}MiB" for i, one in enumerate(mib, 1)]
 
 
+E2E = memory(900, 600, 450, 300, 225)  # rows of twice the length
+AG_NEWS = memory(1200, 800, 600, 400, 300)  # a model of nine times the bytes
 TASKS: dict[str, tuple[str, float, list[str]]] = {  # run file, rate, settings
     "docstrings": ("examples/quickstart.yaml", 0.006, []),
     "docstrings, rare on the slowest": ("examples/quickstart.yaml", 0.006, [
         "fleet.edges.e5.data=builtin:docstrings/torch", "fleet.edges.e1.data=builtin:docstrings/numpy",
     ]),
-    "e2e": ("examples/e2e.yaml", 0.006, memory(900, 600, 450, 300, 225)),  # rows of twice the length
-    "ag_news": ("examples/ag_news.yaml", 0.003, memory(1200, 800, 600, 400, 300)),  # a model of nine times the bytes
+    "e2e": ("examples/e2e.yaml", 0.006, E2E),
+    "e2e, rare on the slowest": ("examples/e2e.yaml", 0.006, [
+        *E2E, "data.partition={by: benchmarks.rare:beside_burger_king, column: mr}",
+    ]),
+    "ag_news": ("examples/ag_news.yaml", 0.003, AG_NEWS),
+    "ag_news, rare on the slowest": ("examples/ag_news.yaml", 0.003, [
+        *AG_NEWS, "data.partition={by: benchmarks.rare:sports, column: label}",
+    ]),
 }  # fmt: skip
-FILES = {"e2e": "e2e_devset.csv", "ag_news": "ag_news.csv"}
+FILES = {"examples/e2e.yaml": "e2e_devset.csv", "examples/ag_news.yaml": "ag_news.csv"}
 COMMON = [f"fleet.profiles={FLEET}", "fleet.ray=false", "local.threads=1", "local.steps=20", "local.batch=16"]
 LOCK = threading.Lock()
 
@@ -93,8 +101,8 @@ def done(
     """One run's figures, from the file or made now; {} if it failed."""
     settings = settings_of(task, arm, rounds, rate, seed, rows or options.rows)
     key, example = key_of(task, settings), TASKS[task][0]
-    if task in FILES:
-        settings.append(f"data.source={options.data / FILES[task]}")
+    if example in FILES:
+        settings.append(f"data.source={options.data / FILES[example]}")
     with LOCK:
         lines = DONE.read_text().splitlines() if DONE.exists() else []
     for line in lines:
