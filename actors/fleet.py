@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
+from fedpipe_ray.costs import return_large_blocks
 from fedpipe_ray.data import SourceFacts
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.evaluate import Metrics
@@ -67,6 +68,7 @@ class RayFleet:
 
     def open(self) -> list[Ready]:
         """Starts the actors and has each edge look at its own data and model. Raises EdgeError."""
+        return_large_blocks()
         self.workers.fill()
         names = list(self.room.seated())
         if self.method.base != "none":

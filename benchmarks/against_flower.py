@@ -2,12 +2,13 @@
 
     python -m benchmarks.against_flower [--quick] [--only WORK ...] [--torch-index URL]
 
-Five works: round overhead with 4 empty edges; 100 empty logical edges on 2 workers; 20 x 20 MB updates, the state sent
-to all as well, and what the driver holds; LoRA on 16 edges of a 0.86M-parameter Llama, 5 steps a round; reports a
-round after one worker was killed (SIGKILL) in round 2 of 6 with 6 edges. Both sides take turns, each repeat in a
-process and a Ray of its own; round 1, which starts workers, is left out; medians over the repeats' medians. Loss: of
-both sides' last adapter, on the same held-out rows, by the same evaluation. Driver peak: how much the private memory of
-the driver's process grew since before the first state, in updates.
+Five works (those that are not asked for keep their rows): round overhead with 4 empty edges; 100 empty logical edges
+on 2 workers; 20 x 20 MB updates, the state sent to all as well, and what the driver holds; LoRA on 16 edges of a
+0.86M-parameter Llama, 5 steps a round; reports a round after one worker was killed (SIGKILL) in round 2 of 6 with 6
+edges. Both sides take turns, each repeat in a process and a Ray of its own; round 1, which starts workers, is left
+out; medians over the repeats' medians. Loss: of both sides' last adapter, on the same held-out rows, by the same
+evaluation. Driver peak: how much the private memory of the driver's process grew since before the first state, in
+updates.
 
 Flower runs in its best case: two workers of one core, the client's model and rows kept in the worker, one thread, plain
 PyTorch; `template` is LoRA as its template for language models does it, model and rows made anew in every call. Its
@@ -45,7 +46,7 @@ import numpy as np
 from benchmarks.empty import Empty
 from benchmarks.flower_side import AnonymousPeak, die_once, note
 from benchmarks.small_llama import TOKENS, write_material
-from benchmarks.table import HERE, publish
+from benchmarks.table import HERE, RESULTS, commit, publish
 from fedpipe_ray.message import Message
 from fedpipe_ray.settings import Profile
 from fedpipe_ray.site import Site
@@ -272,7 +273,7 @@ def row(
     name: str, side: str, work: Work, repeats: list[list[dict[str, Any]]], losses: Iterable[float], fault: str | None
 ) -> dict[str, Any]:
     """One line of the table; of seconds without the first round."""
-    about = {"work": name, "side": side}
+    about = {"work": name, "side": side, "commit": commit()}
     if fault:
         gap = dict.fromkeys(("median s", "best s", "worst s", "driver peak, updates", "loss"), "-")
         return {**about, **gap, "reports a round": fault, "target": work.target}
@@ -310,7 +311,10 @@ def main() -> None:
     if options.quick:
         publish("against_flower_quick", f"{question}; only a few edges and rounds, to see that it runs", rows, **facts)
     else:
-        publish("against_flower", question, rows, **facts)
+        kept = RESULTS / "against_flower.json"
+        before = json.loads(kept.read_text())["rows"] if kept.exists() else []
+        rows += [row for row in before if row["work"] not in options.only]
+        publish("against_flower", question, sorted(rows, key=lambda row: list(WORKS).index(row["work"])), **facts)
 
 
 if __name__ == "__main__":

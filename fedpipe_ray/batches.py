@@ -54,7 +54,7 @@ def collate(rows: Rows, indices: Sequence[int], pad_id: int, classifier: bool) -
 
 
 def sums(model: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed loss, predictions, labels) over the loss terms of a batch; the last two are flat, [units]."""
+    """(summed loss, logits [units, classes or vocabulary], labels [units]) over the loss terms of a batch."""
     tokens, mask, labels = (t.to(device) for t in (batch.tokens, batch.mask, batch.labels))
     if labels.ndim == 1:
         logits = model(input_ids=tokens, attention_mask=mask).logits
@@ -63,7 +63,7 @@ def sums(model: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, 
         logits = _logits_before(model, tokens, mask, wanted)
         labels = labels[:, 1:][wanted]
     loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
-    return loss, logits.detach().argmax(-1), labels
+    return loss, logits.detach(), labels
 
 
 def _logits_before(model: Any, tokens: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -95,7 +95,7 @@ def measure(
         for _ in range(1 + steps):
             began = time.perf_counter()
             with autocast(base.device, local.precision):
-                loss, _, _ = sums(model, batch, base.device)
+                loss = sums(model, batch, base.device)[0]
             (loss / batch.units).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -49,7 +49,8 @@ def evaluate(
     for start in range(0, count, batch):
         part = collate(rows, list(order[start : start + batch]), pad_id, classes > 0)
         with autocast(device, precision):
-            loss, predicted, wanted = sums(model, part, device)
+            loss, logits, wanted = sums(model, part, device)
+        predicted = logits.argmax(-1)
         total, units = total + float(loss), units + part.units
         right += int((predicted == wanted).sum())
         if classes:

@@ -252,7 +252,7 @@ class Site:
 
 
 def training_memory(peak: PeakMemory, stored: int) -> int:
-    """Bytes of model, adapters, optimizer and activations at their peak; 0 if this machine cannot tell.
+    """Bytes of model, adapters, optimizer and activations at their peak; 0 if nobody asked or this machine cannot tell.
 
     On the CPU: what of the model was `stored` before, and what the process grew by. So the interpreter, its libraries
     and what other edges hold in the same process are not counted.
@@ -285,7 +285,9 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     if "bits" in order.numbers and site.method.base != "none":
         site.hold(int(order.numbers["bits"]))  # loaded before memory is measured, whatever was held
     model = None if site.method.base == "none" else site.base.model
-    peak, stored = PeakMemory(site.base.device if model else torch.device("cpu")), stored_bytes(model) if model else 0
+    capped = site.profile.training_memory_bytes is not None
+    peak = PeakMemory(site.base.device if model else torch.device("cpu"), growth=capped)
+    stored = stored_bytes(model) if model and (capped or peak.device.type == "cuda") else 0
     try:
         with peak:
             update = site.method.local_update(order, site, rng).to(site.run.wire.dtype)

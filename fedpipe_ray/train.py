@@ -92,7 +92,7 @@ def train(
             loss = 0.0
             for batch in batches:
                 with autocast(device, local.precision):
-                    summed, _, _ = sums(model, batch, device)
+                    summed = sums(model, batch, device)[0]
                 (summed / terms).backward()
                 loss += float(summed.detach()) / terms
             if ranks > 1:
@@ -165,7 +165,7 @@ def gradients(
             for part in np.array_split(drawn, local.accumulate):
                 batch = collate(rows, list(part), pad_id, classifier)
                 with autocast(device, local.precision):
-                    summed, _, _ = sums(model, batch, device)
+                    summed = sums(model, batch, device)[0]
                 if not math.isfinite(float(summed.detach())):
                     raise DivergedError(f"loss {float(summed.detach()):.3g} while scoring the weights")
                 summed.backward()
