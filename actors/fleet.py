@@ -31,6 +31,7 @@ from .workers import Call, Worker, Workers
 
 log = logging.getLogger("fedpipe")
 
+INLINE_BYTES = 32 * 2**10  # a message up to this goes along with every call, which is cheaper than the object store
 SHOWN = 64  # edges in the live table; of a larger fleet those that are at work
 Rest = tuple[int, Mapping[str, str]]  # the round before which a private state holds, its path and SHA-256
 
@@ -237,7 +238,9 @@ def outcome(name: str, answer: Answer | Fault) -> Any:
 
 
 def put(message: Message) -> Any:
-    """A reference to `message` in the object store, or a Fault if that has no room."""
+    """A reference to `message` in the object store, or a Fault if that has no room; a small message as it is."""
+    if message.total_bytes <= INLINE_BYTES:
+        return message
     try:
         return ray.put(message)
     except (ObjectStoreFullError, OutOfDiskError) as error:

@@ -75,6 +75,7 @@ def test_a_store_without_room_ends_the_run_with_a_remedy(
 
     put = ray.put
     monkeypatch.setattr("actors.fleet.ray.put", full)
+    monkeypatch.setattr("actors.fleet.INLINE_BYTES", 0)  # the test's messages would not need the store
     fleet = ("fleet.ray=true", "fleet.placement=packed", "fleet.workers=1", "evaluate.every=0")
     assert here("run", run_file, *fleet, "--out", tmp_path / "out") == 3
     printed = capsys.readouterr().err
