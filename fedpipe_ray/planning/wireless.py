@@ -200,10 +200,12 @@ def joint(problem: Problem) -> Allocation:
     if problem.rho_bar == 0:
         return Allocation(np.zeros(count), whole, high)
     solver = LeastPruning(problem)
-    newton(solver.at, low, high, low + (high - low) * (1 - problem.rho_bar / problem.rho_max))
+    tau = newton(solver.at, low, high, low + (high - low) * (1 - problem.rho_bar / problem.rho_max))
+    for later in (0.0, *10.0 ** np.arange(-15, -5)):  # the first tau, to the digits there are, that keeps the budget
+        if solver.at(tau * (1 + later))[0] <= 1e-10:
+            break
     bandwidth = solver.bandwidth * (problem.bandwidth_hz / solver.bandwidth.sum())
-    rho, seconds = prune(problem, bandwidth)  # what is left of the error counts in second order alone
-    return Allocation(rho, bandwidth, seconds)
+    return Allocation(solver.rho, bandwidth, float(problem.seconds(solver.rho, bandwidth).max()))
 
 
 class LeastPruning:
@@ -215,7 +217,7 @@ class LeastPruning:
         self.y = np.zeros(len(problem.weight))  # [K] ln(gamma / B)
         self.drift = np.zeros(len(problem.weight))  # [K] dy/dt
         self.t = 0.0  # ln theta
-        self.bandwidth = np.zeros(len(problem.weight))
+        self.bandwidth = self.rho = np.zeros(len(problem.weight))
 
     def slope(self, y: Values) -> tuple[Values, Values]:
         """(ln u', its derivative in y), [K]: the second is above 0, for u is concave in B."""
@@ -238,13 +240,13 @@ class LeastPruning:
         self.bandwidth = snr * np.exp(-self.y)
         r = rate(self.bandwidth, snr)
         u = 1 / (problem.compute_seconds + problem.bits / r)
-        rho = np.clip(1 - tau * u, 0.0, problem.rho_max)
+        self.rho = np.clip(1 - tau * u, 0.0, problem.rho_max)
         inside = (self.t > self.at_low) & (self.t < self.at_high)
         # A bound moves with tau, and the bandwidth it frees is worth mu = tau theta: u = (1 - rho) / tau there.
         moves = ~inside & (self.bandwidth < 0.999999 * total)
         freed = tau * np.exp(self.t - self.slope(self.y)[0]) * u / tau
         fall = float(problem.weight @ np.where(inside, u, 0.0)) + float(np.where(moves, freed, 0.0).sum())
-        return float(problem.weight @ rho) - problem.rho_bar, -fall
+        return float(problem.weight @ self.rho) - problem.rho_bar, -fall
 
     def _bound(self, tau: float, rho: float) -> Values:
         """[K] the bandwidth with which T is tau at this rate; infinite where none is enough."""
@@ -308,5 +310,7 @@ def newton(
             break
         low, high = (at, high) if value > 0 else (low, at)
         step = at - value / derivative if derivative < 0 else np.inf
-        at = step if low < step < high else (low + high) / 2
+        before, at = at, step if low < step < high else (low + high) / 2
+        if abs(at - before) <= 1e-14 * abs(at):
+            break
     return at
