@@ -40,7 +40,7 @@ def architectures() -> dict[str, Callable[[], Any]]:
             t.OPTConfig(**SMALL, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48)
         ),
         "phi": lambda: t.PhiForCausalLM(t.PhiConfig(**SMALL, **SIZES)),
-        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**SMALL, n_embd=32, n_inner=48, n_layer=2, n_head=4)),
         "bert": lambda: t.BertForSequenceClassification(t.BertConfig(**encoder, **SIZES)),
         "roberta": lambda: t.RobertaForSequenceClassification(t.RobertaConfig(**encoder, **SIZES)),
         "distilbert": lambda: t.DistilBertForSequenceClassification(
@@ -166,7 +166,7 @@ def test_magnitudes_by_hand() -> None:
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[1].mlp
     rows = slice(16, 32)  # head 1 of 2
     expected = sum(
-        float(w.double().square().sum())
+        float(w.detach().double().square().sum())
         for w in (
             attention.q_proj.weight[rows], attention.k_proj.weight[rows], attention.v_proj.weight[rows],
             attention.o_proj.weight[:, rows],
