@@ -177,7 +177,7 @@ def test_a_round_in_which_nobody_is_heard_passes(run_file: Path) -> None:
 
 def test_a_coordinate_is_the_mean_over_those_that_kept_it(run_file: Path) -> None:
     """a kept everything and sends 1, c was cut by 0.7 and sends 3: both kept: (16 x 1 + 48 x 3) / 64 = 2.5; else 1."""
-    fleet, method, server, state = opened(run_file)
+    _fleet, method, server, state = opened(run_file)
     scores = method.scores(state, server)
     _, parts = method.part(0.7, scores, state, server)
 
@@ -208,7 +208,7 @@ def test_a_coordinate_is_the_mean_over_those_that_kept_it(run_file: Path) -> Non
     ],
 )
 def test_unfit_updates(changes: dict[str, float], says: str, run_file: Path) -> None:
-    fleet, method, server, state = opened(run_file)
+    _fleet, method, server, state = opened(run_file)
     good = {"rho": 0.0, "tokens": 1.0, "samples": 1.0}
     found = [report("a", Message(state.tensors, {**good, **changes})), report("b", Message(state.tensors, good))]
     after = method.aggregate(state, found, server, 0, rng_for(0, 0, "aggregate"))

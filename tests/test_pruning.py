@@ -159,7 +159,7 @@ MODEL = llama()
 
 
 def test_magnitudes_by_hand() -> None:
-    """A unit's squared norm over what feeds it and what reads it; the adapter's product counts as part of the weight."""
+    """Squared norm over what feeds a unit and what reads it; the adapter's product counts as part of the weight."""
     model = llama()
     structure = structure_of(model)
     found = pruning.magnitudes(model, structure, {}, 1.0)

@@ -14,7 +14,15 @@ from scipy.special import lambertw
 
 from fedpipe_ray.channel import LN2, Channel, path_loss_db, rate
 from fedpipe_ray.planning.wireless import (
-    KINDS, Problem, allocate, bandwidth_for, descend, joint, prune, share, snr_for,
+    KINDS,
+    Problem,
+    allocate,
+    bandwidth_for,
+    descend,
+    joint,
+    prune,
+    share,
+    snr_for,
 )  # fmt: skip
 
 Values = np.ndarray[Any, Any]
@@ -119,7 +127,8 @@ def test_the_pruning_block(problem: Problem) -> None:
     bandwidth = problem.bandwidth_hz * problem.weight
     rho, tau = prune(problem, bandwidth)
     seconds = problem.seconds(rho, bandwidth)
-    assert (rho >= 0).all() and (rho <= problem.rho_max).all()
+    assert (rho >= 0).all()
+    assert (rho <= problem.rho_max).all()
     assert seconds.max() <= tau * (1 + 1e-9)
     assert problem.weight @ rho <= problem.rho_bar + 1e-9
     between = (rho > 1e-12) & (rho < problem.rho_max - 1e-12)
@@ -155,7 +164,8 @@ def test_every_allocation_is_feasible_and_none_is_sooner_than_the_optimum(proble
     for kind in KINDS:
         found = allocate(problem, kind, np.random.default_rng(0))
         assert found.bandwidth.sum() == pytest.approx(problem.bandwidth_hz, rel=1e-9)
-        assert (found.rho >= 0).all() and (found.rho <= problem.rho_max + 1e-12).all()
+        assert (found.rho >= 0).all()
+        assert (found.rho <= problem.rho_max + 1e-12).all()
         assert problem.weight @ found.rho <= problem.rho_bar + 1e-9
         assert problem.seconds(found.rho, found.bandwidth).max() == pytest.approx(found.seconds, rel=1e-6)
         assert found.seconds >= best * (1 - SLACK), kind
