@@ -43,8 +43,8 @@ def instance(seed: int = 0, clients: int = 10, **changes: Any) -> Problem:
 
 @st.composite
 def problems(draw: Any) -> Problem:
-    """Anything from two to eight clients, from bound by work to bound by the link, over six decades of gain."""
-    count = draw(st.integers(2, 8))
+    """Anything from one to eight clients, from bound by work to bound by the link, over six decades of gain."""
+    count = draw(st.integers(1, 8))
 
     def values(low: float, high: float) -> Values:
         return np.array([10 ** draw(st.floats(low, high)) for _ in range(count)])

@@ -211,9 +211,7 @@ class Jcpba(LoraMethod):
         if found is not None and bool(found.any()):
             return found
         lora.detach(server.base)
-        return pruning.magnitudes(
-            server.base.model, self.structure(server), adapter_of(state), self.alpha / self.rank
-        )  # fmt: skip
+        return pruning.magnitudes(server.base.model, self.structure(server), adapter_of(state), self.alpha / self.rank)
 
     def part(self, rho: float, scores: torch.Tensor, state: Message, server: Site) -> tuple[torch.Tensor, Sides]:
         """(mask, kept entries of the adapter) of a rate."""

@@ -229,7 +229,7 @@ class LeastPruning:
         return value, share * share / gap + 2 * work / (work + bits) * (1 - share / log)
 
     def at(self, tau: float) -> tuple[float, float]:
-        """(the least sum p_k rho_k with which the round takes tau seconds less rho_bar, its derivative in tau)."""
+        """(least sum p_k rho_k with which the round takes tau seconds, less rho_bar; its derivative in tau)."""
         problem, snr, total = self.problem, self.problem.snr_hz, self.problem.bandwidth_hz
         least, most = self._bound(tau, problem.rho_max), self._bound(tau, 0.0)
         least = np.minimum(least, total)
@@ -238,14 +238,13 @@ class LeastPruning:
         down, up = float(self.at_low.min()), float(self.at_high.max())
         newton(self._spent, down, up, self.t)
         self.bandwidth = snr * np.exp(-self.y)
-        r = rate(self.bandwidth, snr)
-        u = 1 / (problem.compute_seconds + problem.bits / r)
+        u = 1 / (problem.compute_seconds + problem.bits / rate(self.bandwidth, snr))
         self.rho = np.clip(1 - tau * u, 0.0, problem.rho_max)
         inside = (self.t > self.at_low) & (self.t < self.at_high)
-        # A bound moves with tau, and the bandwidth it frees is worth mu = tau theta: u = (1 - rho) / tau there.
+        # A bound, where tau u(B) stays, moves by u / (tau u') a second, and bandwidth is worth mu = tau theta.
         moves = ~inside & (self.bandwidth < 0.999999 * total)
-        freed = tau * np.exp(self.t - self.slope(self.y)[0]) * u / tau
-        fall = float(problem.weight @ np.where(inside, u, 0.0)) + float(np.where(moves, freed, 0.0).sum())
+        freed = np.exp(self.t - self.slope(self.y)[0]) * u
+        fall = float(problem.weight @ np.where(inside, u, 0.0)) + float(freed[moves].sum())
         return float(problem.weight @ self.rho) - problem.rho_bar, -fall
 
     def _bound(self, tau: float, rho: float) -> Values:
