@@ -174,7 +174,7 @@ def test_magnitudes_by_hand() -> None:
     )  # fmt: skip
     assert float(found[1, 1]) == pytest.approx(expected, rel=1e-5)
     channel = (mlp.gate_proj.weight[5], mlp.up_proj.weight[5], mlp.down_proj.weight[:, 5])
-    assert float(found[1, 2 + 5]) == pytest.approx(sum(float(w.square().sum()) for w in channel), rel=1e-5)
+    assert float(found[1, 2 + 5]) == pytest.approx(sum(float(w.detach().square().sum()) for w in channel), rel=1e-5)
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_%s.weight"
     a, b = torch.ones(1, 32), torch.zeros(64, 1)
     b[5] = 1.0
