@@ -111,7 +111,7 @@ def runs(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         for setting, seed in itertools.product(options.settings, options.seeds):
             path = run_file(Path(folder), options.data, seed)
             budget = None
-            for arm in ARMS:
+            for arm in options.arms:
                 key = {
                     "setting": setting,
                     "arm": arm,
@@ -161,12 +161,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--quick", action="store_true", help="one seed, two rounds of (i)")
     parser.add_argument("--seeds", help="default: 0,1,2")
+    parser.add_argument("--arms", default=",".join(ARMS), help="the first is run in any case")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.data, options.rounds = options.data.resolve(), 2 if options.quick else ROUNDS
     options.seeds = [int(seed) for seed in (options.seeds or ("0" if options.quick else "0,1,2")).split(",")]
     options.settings = options.settings.split(",")
+    options.arms = list(dict.fromkeys([ARMS[0], *options.arms.split(",")]))  # its time is everybody's
     for done in runs(options):
         pairs = list(dict.fromkeys((one["setting"], one["arm"]) for one in done))
         rows = [row_of(setting, arm, done) for setting, arm in sorted(pairs, key=order)]

@@ -284,6 +284,10 @@ def test_a_gpt2(run_file: Path, model_dir: Path, tmp_path: Path) -> None:
         ("method.rho_max=1", "method.rho_max: 1.0 must lie in [0, 1)"),
         ("method.bandwidth_hz=0", "method.bandwidth_hz: 0 carries nothing; it must be above 0"),
         ("method.bandwidth_hz=5s", "method.bandwidth_hz ... '5s' is not a quantity in hertz; write for example 20MHz"),
+        (
+            "fleet.deadline_seconds=0.05",
+            "method.bandwidth_hz: 2e+07 let round 1 take ... fleet.deadline_seconds is 0.05; raise one",
+        ),
         ("method.radius_m=0", "method.radius_m: 0.0 must be above 0"),
         ("method.outage=1.5", "method.outage: 1.5 must lie in [0, 1]"),
         ("method.score_every=0", "method.score_every: 0 must be at least 1"),

@@ -157,7 +157,10 @@ class Jcpba(LoraMethod):
     def allocate(
         self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
     ) -> tuple[Allocation, np.ndarray]:
-        """(rates, bandwidths and expected seconds of the round; [K] uplink rates in bit/s), of edges with a gain."""
+        """(rates, bandwidths and expected seconds of the round; [K] uplink rates in bit/s), of edges with a gain.
+
+        Raises UserError if the bandwidth cannot carry a round within fleet.deadline_seconds, however much is pruned.
+        """
         counts, structure, profiles = self.counts(server), self.structure(server), list(edges.values())
         snr = np.array(list(self.channels(edges, server, round).values()))
         speed, down = (np.array([getattr(p, n) for p in profiles]) for n in ("compute_flops", "downlink_bps"))
@@ -179,6 +182,14 @@ class Jcpba(LoraMethod):
         bandwidth = found.bandwidth
         if not self.allocation.endswith("equal"):
             bandwidth, _ = shares(seconds + latency, bits, snr, self.bandwidth_hz)
+            most, fewest = work(np.full(len(profiles), self.rho_max))
+            _, soonest = shares(most + latency, fewest, snr, self.bandwidth_hz)
+            deadline = server.run.fleet.deadline_seconds
+            if deadline is not None and soonest > deadline:
+                raise UserError(
+                    f"method.bandwidth_hz: {self.bandwidth_hz:g} let round {round + 1} take {soonest:.4g} s with all "
+                    f"edges pruned by rho_max: {self.rho_max:g}, fleet.deadline_seconds is {deadline:g}; raise one"
+                )
         rates = rate(bandwidth, snr)
         return Allocation(found.rho, bandwidth, float((seconds + latency + bits / rates).max())), rates
 
