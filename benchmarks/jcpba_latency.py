@@ -6,7 +6,7 @@ Random instances of the sheet's defaults (10 clients in a disc of 500 m, 23 dBm,
 1.3e9 weights, rho_bar 0.3, rho_max 0.7), and the same with 1 MHz, where the uplink takes longer than the work. of (i):
 median latency over that of no pruning with equal bandwidth; bar: within 0.03 of `sheet`. paired: median of the ratios.
 over, %: above the optimum of the same instance, median and 5 and 95 % quantiles. Rows stand in
-results/jcpba_latency.jsonl as they come and are not measured again. Planning: CPU seconds for 1,000 clients,
+.cache/jcpba_latency.jsonl as they come and are not measured again. Planning: CPU seconds for 1,000 clients,
 the best of three, one core; bar 0.05.
 """
 
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.table import RESULTS, publish
+from benchmarks.table import HERE, publish
 from fedpipe_ray.channel import Channel
 from fedpipe_ray.planning.wireless import KINDS, Problem, allocate
 
-DONE = RESULTS / "jcpba_latency.jsonl"
+DONE = HERE / ".cache" / "jcpba_latency.jsonl"
 INSTANCES, CLIENTS = 1000, 1000
 SETTINGS = {"defaults": 20e6, "bandwidth-bound": 1e6}  # Hz
 SHEET = {
@@ -63,7 +63,7 @@ def main() -> None:
     count = 30 if "--quick" in sys.argv else INSTANCES
     known = [json.loads(line) for line in DONE.read_text().splitlines()] if DONE.exists() else []
     rows = []
-    RESULTS.mkdir(exist_ok=True)
+    DONE.parent.mkdir(exist_ok=True)
     for setting in SETTINGS:
         own = {one["seed"]: one for one in known if one["setting"] == setting}
         with DONE.open("a") as file:
