@@ -2,7 +2,7 @@
 
     python -m benchmarks.jcpba_training --data FOLDER [--quick] [--seeds 0,1,2] [--settings compute,link]
 
-FOLDER holds gsm8k_train.jsonl. Ten edges with the sheet's spread of speeds (1 to 5) and places, the texts divided
+FOLDER holds gsm8k_train.jsonl. Ten edges with speeds of 1 to 5, at random places in a disc of 500 m, the texts divided
 evenly; a Llama of 2.0M weights, pretrained on the public docstrings; LoRA of rank 8; the method's defaults of rho_bar
 and rho_max. compute: 20 MHz, where work takes longer than the upload; link: 2 MHz, where the upload does.
 
@@ -39,7 +39,7 @@ from fedpipe_ray.run import server_site
 DONE = RESULTS / "jcpba_training.jsonl"
 RECIPE = replace(RECIPES["tiny-llama"], vocabulary=1024, layers=6, heads=8, steps=400)
 EDGES, ROUNDS, TEXTS = 10, 6, 3000
-SPEED = 2e9  # times U[2, 10] FLOP/s: a round's work then takes 1 to 5 times its upload at 20 MHz, as at the sheet's
+SPEED = 2e9  # times U[2, 10] FLOP/s: a round's work then takes 1 to 5 times its upload at 20 MHz
 LR = 1e-2  # 0.004 gave (i) a higher validation loss after six rounds, seed 0: 4.17, not 4.01
 SETTINGS = {"compute": "20MHz", "link": "2MHz"}
 ARMS = ("unpruned-equal", "unpruned", "uniform-equal", "uniform", "pruning-equal", "random", "bcd", "joint")

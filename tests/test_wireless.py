@@ -30,7 +30,7 @@ SLACK = 1e-9  # where one client needs nearly all the bandwidth for little, doub
 
 
 def instance(seed: int = 0, clients: int = 10, **changes: Any) -> Problem:
-    """The sheet's defaults: 500 m, 23 dBm, 20 MHz, 2 to 10 TFLOP/s, a model of 1.3e9 weights."""
+    """The defaults: 500 m, 23 dBm, 20 MHz, 2 to 10 TFLOP/s, a model of 1.3e9 weights."""
     rng = np.random.default_rng(seed)
     speed = rng.uniform(2e12, 10e12, clients)
     snr = np.array([Channel().snr_hz(seed, 0, f"e{k}") for k in range(clients)])
@@ -212,7 +212,7 @@ def test_the_optimum_is_that_of_a_general_purpose_solver(seed: int, bandwidth_hz
 
 
 def test_bcd_is_not_optimal() -> None:
-    """The sheet's figures: 44-132 % above the optimum from bandwidth, up to 12 % from pruning. 40 instances."""
+    """Derived: 44-132 % above the optimum from bandwidth, up to 12 % from pruning. 40 instances."""
     gaps = {True: [], False: []}  # type: dict[bool, list[float]]
     for seed in range(40):
         best = joint(instance(seed)).seconds
