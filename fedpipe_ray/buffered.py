@@ -29,7 +29,7 @@ import numpy as np
 from .errors import UnfitUpdate, UserError
 from .evaluate import combine
 from .fleet import Fleet
-from .loop import Flight, Round, Start, awaited, measured, there, usable, watch
+from .loop import Flight, Round, Start, awaited, measured, orders_of, there, usable, watch
 from .message import Message
 from .methods import METHODS, method_class
 from .methods.base import Method, checked, unlike
@@ -95,7 +95,7 @@ class Dispatch:
         orders: dict[str, Message] = {}
         for edge in edges:
             rng = rng_for(self.seed, round, "plan")
-            orders |= self.method.plan(base, {edge: profiles[edge]}, self.server, round, rng)
+            orders |= orders_of(self.method.plan(base, {edge: profiles[edge]}, self.server, round, rng))
         run = self.server.run
         reports = checked(self.fleet.run(orders, round), orders, run.wire.dtype, run.server.norm_bound)
         return {report.edge: report for report in reports} if orders else {}

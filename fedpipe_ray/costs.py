@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +49,12 @@ def virtual_seconds(profile: Profile, flops: float, bytes_down: int, bytes_up: i
     """Seconds for download, computation and upload on `profile`, one after the other, latency paid each way."""
     transfer = 8 * bytes_down / profile.downlink_bps + 8 * bytes_up / profile.uplink_bps
     return transfer + 2 * profile.latency_seconds + flops / profile.compute_flops
+
+
+def linked(profile: Profile, numbers: Mapping[str, float]) -> Profile:
+    """`profile` with the link rates that an order's numbers state: those of a method that has a channel of its own."""
+    rates = {name: numbers[name] for name in ("uplink_bps", "downlink_bps") if name in numbers}
+    return dataclasses.replace(profile, **rates) if rates else profile  # type: ignore[arg-type]
 
 
 def matmul_parameters(model: nn.Module) -> tuple[int, int, int]:

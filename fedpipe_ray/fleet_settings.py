@@ -19,7 +19,8 @@ class Profile(Section):
     many processes without GPUs. gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host memory Ray
     reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together; a round
     that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
-    latency_seconds: one way; availability: chance of taking part in a round. trace: when it can be asked, as [from, to]
+    latency_seconds: one way; distance_m: to the base station, where a method has a radio channel (null: drawn);
+    availability: chance of taking part in a round. trace: when it can be asked, as [from, to]
     intervals of the virtual clock or a CSV file of edge,from,to; repeats every trace_period_seconds (null: never).
     data: keys of `data` that differ here, or just a source. private_dir: where its private state rests, in a folder
     named as the run folder (default: in that).
@@ -37,6 +38,7 @@ class Profile(Section):
     uplink_bps: BitsPerSecond = 20e6
     downlink_bps: BitsPerSecond = 100e6
     latency_seconds: Seconds = 0.02
+    distance_m: float | None = None
     availability: float = 1.0
     trace: str | list[tuple[Seconds, Seconds]] | None = None
     trace_period_seconds: Seconds | None = None
@@ -60,7 +62,7 @@ class Profile(Section):
             f"workers: {self.workers} processes on {self.gpus:g} gpus; there is one a GPU, so leave workers out",
         )
         memories = ("memory_bytes", "gpu_memory_bytes", "training_memory_bytes")
-        for name in ("compute_flops", "uplink_bps", "downlink_bps", *memories):
+        for name in ("compute_flops", "uplink_bps", "downlink_bps", "distance_m", *memories):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name}: {value} must be above 0")
         for name, amount in self.resources.items():

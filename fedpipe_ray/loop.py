@@ -168,21 +168,33 @@ def federate(
         began = time.perf_counter()
         opened, here = awaited(fleet.edges, seed, number, clock)
         used, asked = counts(len(here), fraction, over_select)
-        orders = method.plan(state, sample(here, asked, seed, number), server, number, rng_for(seed, number, "plan"))
-        outcomes: dict[str, Report | Lost] = {}
-        reports = checked(fleet.run(orders, number), orders, server.run.wire.dtype, server.run.server.norm_bound)
+        planned = method.plan(state, sample(here, asked, seed, number), server, number, rng_for(seed, number, "plan"))
+        orders, outcomes = orders_of(planned), dict[str, Report | Lost]()
+        reports = with_left_out(planned, fleet.run(orders, number))
+        reports = checked(reports, orders, server.run.wire.dtype, server.run.server.norm_bound)
         reports = on_time(reports, deadline)
         arriving = watch(reports if used >= len(orders) else first_of(reports, used), outcomes)
         before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
         closed = closing(outcomes, used, deadline)
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
-        del before, orders, reports, arriving
+        del before, planned, orders, reports, arriving
         wall = time.perf_counter() - began
         evaluation = measured(fleet, state, number + 1, rounds, evaluate_every)
         spent = time.perf_counter() - began - wall
         past, clock = clock, opened + closed
         seconds = opened - past + closed
         yield Round(number, state, outcomes, evaluation, combine(evaluation), wall, spent, seconds, clock)
+
+
+def orders_of(planned: Mapping[str, Message | Lost]) -> dict[str, Message]:
+    """The orders of a plan."""
+    return {edge: order for edge, order in planned.items() if isinstance(order, Message)}
+
+
+def with_left_out(planned: Mapping[str, Message | Lost], reports: Iterator[Report | Lost]) -> Iterator[Report | Lost]:
+    """The reports, and between them, where it was planned, the Lost of each edge that was left out."""
+    for one in planned.values():
+        yield one if isinstance(one, Lost) else next(reports)
 
 
 def on_time(reports: Iterable[Report | Lost], deadline: float) -> Iterator[Report | Lost]:

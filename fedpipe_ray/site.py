@@ -16,7 +16,7 @@ import torch
 
 from . import lora
 from .config import edge_data
-from .costs import Cost, PeakMemory, training_flops, virtual_seconds
+from .costs import Cost, PeakMemory, linked, training_flops, virtual_seconds
 from .data import EdgeData, SourceFacts, inspect, open_data
 from .errors import DivergedError, UserError
 from .evaluate import Metrics, evaluate, generate
@@ -281,6 +281,7 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     site.round, site.cost, site.train_loss = round, Cost(bytes_down=order.total_bytes), float("nan")
     site.private = site.private_before(round)
     site.progress.status, site.progress.step = "training", 0
+    profile = linked(site.profile, order.numbers)
     started = time.perf_counter()
     if "bits" in order.numbers and site.method.base != "none":
         site.hold(int(order.numbers["bits"]))  # loaded before memory is measured, whatever was held
@@ -295,7 +296,7 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
         spent = dataclasses.replace(
             site.cost, seconds=time.perf_counter() - started, peak_memory_bytes=peak.bytes, bytes_up=up,
             training_memory_bytes=held,
-            virtual_seconds=virtual_seconds(site.profile, site.cost.flops, site.cost.bytes_down, up),
+            virtual_seconds=virtual_seconds(profile, site.cost.flops, site.cost.bytes_down, up),
         )  # fmt: skip
         site.progress.status, site.progress.memory_bytes = "done", peak.bytes
         report = Report(site.name, round, float(spent.samples), site.train_loss, spent, site.keep_private(round))
@@ -308,6 +309,6 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     except Exception as error:  # whatever a method does wrong stays on its edge
         reason, trace = f"{type(error).__name__}: {error}", traceback.format_exc()
     site.progress.status = "lost"
-    virtual = virtual_seconds(site.profile, site.cost.flops, site.cost.bytes_down, 0)
+    virtual = virtual_seconds(profile, site.cost.flops, site.cost.bytes_down, 0)
     spent = dataclasses.replace(site.cost, seconds=time.perf_counter() - started, virtual_seconds=virtual)
     return Lost(site.name, reason, trace, spent), None

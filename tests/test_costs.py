@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from toys import CPU, classifier, llama
 
 from fedpipe_ray import lora
-from fedpipe_ray.costs import PeakMemory, matmul_parameters, training_flops, virtual_seconds
+from fedpipe_ray.costs import PeakMemory, linked, matmul_parameters, training_flops, virtual_seconds
 from fedpipe_ray.settings import Profile
 
 MEGABYTE = 10**6
@@ -22,6 +22,13 @@ def test_virtual_seconds_by_hand() -> None:
     edge = Profile(compute_flops=2e9, uplink_bps=2e6, downlink_bps=8e6, latency_seconds=0.5)
     assert virtual_seconds(edge, 30e9, 3 * MEGABYTE, MEGABYTE) == pytest.approx(23)
     assert virtual_seconds(edge, 0, 0, 0) == pytest.approx(1)
+
+
+def test_an_order_may_state_the_rates_of_its_round() -> None:
+    edge = Profile(uplink_bps=2e6, downlink_bps=8e6)
+    found = linked(edge, {"uplink_bps": 5e6, "rho": 0.3})
+    assert (found.uplink_bps, found.downlink_bps, found.compute_flops) == (5e6, 8e6, edge.compute_flops)
+    assert linked(edge, {"rho": 0.3}) is edge
 
 
 @given(st.floats(1, 1e15), st.integers(0, 10**12), st.integers(0, 10**12), st.floats(1.1, 100))

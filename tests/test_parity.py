@@ -36,6 +36,15 @@ def rounds_of(kind: str, path: Path, *overrides: str) -> list[Round]:
         (
             ("packed",),
             (
+                "method={name: jcpba, score: taylor, outage: 0.2}",
+                "rounds=4",
+                "fleet.fraction=0.67",
+                "wire.dtype=bfloat16",
+            ),
+        ),
+        (
+            ("packed",),
+            (
                 "method={name: fedkseed, seeds: 32, tau: 4, pro: true}",
                 "rounds=4",
                 "fleet.fraction=0.67",
@@ -50,6 +59,7 @@ def rounds_of(kind: str, path: Path, *overrides: str) -> list[Round]:
         "shipped-model-autocast",
         "full-shipped-model",
         "fedadapter",
+        "jcpba",
         "fedkseed",
     ],
 )

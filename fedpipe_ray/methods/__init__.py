@@ -19,6 +19,7 @@ METHODS = {
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
     "full": "fedpipe_ray.methods.full:Full",
+    "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
     "lora": "fedpipe_ray.methods.lora:Lora",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")

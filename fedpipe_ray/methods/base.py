@@ -136,8 +136,11 @@ class Method(Protocol):
 
     def plan(
         self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
-    ) -> dict[str, Message]:
-        """An order for each of `edges`, those asked this round. Pure: what it learns goes through `aggregate`."""
+    ) -> Mapping[str, Message | Lost]:
+        """An order for each of `edges`, those asked this round, or Lost with the reason why it is left out of it.
+
+        Pure: what it learns goes through `aggregate`. Only synchronous rounds leave edges out.
+        """
 
     def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
         """On the edge: from an order to an update. May replace `site.private`, nothing else."""
@@ -279,7 +282,7 @@ class LoraMethod(Section):
 
     def plan(
         self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
-    ) -> dict[str, Message]:
+    ) -> Mapping[str, Message | Lost]:
         """Everybody gets the global adapter."""
         return dict.fromkeys(edges, Message(state.tensors))
 
