@@ -77,8 +77,8 @@ def make_model(folder: Path, layers: int) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2,
-        tie_word_embeddings=True, pad_token_id=1, eos_token_id=2,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=2, tie_word_embeddings=True, pad_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -206,6 +206,8 @@ class FedBiOT(LoraMethod):
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         shape = self.shape(server)
         state = Message(lora.initial({**shape.adapter, **shape.emulator}, generator))
+        if self.aligned:
+            log.info("aligning the emulator: %d steps", self.prealigning)
         return self.align(state, server, self.prealigning, rng)
 
     def plan(
@@ -279,7 +281,6 @@ class FedBiOT(LoraMethod):
         except DivergedError as error:
             why = f"the emulator's alignment diverged: {str(error).rpartition(';')[0]}"
             raise UserError(f"{why}; lower method.align_lr: {self.align_lr:g}") from None
-        log.info("emulator aligned in %d steps: mean loss %.4g", steps, server.train_loss)
         numbers = {**state.numbers, "alignment": server.train_loss}
         return Message({**state.tensors, **shape.whole(lora.read(model))}, numbers)
 
