@@ -119,7 +119,7 @@ class FedBiOT(LoraMethod):
     lam: float = 1.0
     prealign_steps: int | None = None
     align_steps: int = 5
-    align_lr: float = 1e-3
+    align_lr: float = 3e-3
     align_batch: int = 8
     positions: Positions = "text"
     weigh: Literal["rows", "equal"] = "rows"
