@@ -18,13 +18,15 @@ class Pull:
     scale: float
 
     def __call__(self) -> torch.Tensor:
-        """The term, by r x r products alone: <B^T B, A A^T> - 2 <B^T B_0, A A_0^T> + <B_0^T B_0, A_0 A_0^T>."""
+        """The term. B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0) = L R has the squared norm <L^T L, R R^T>, 2 r x 2 r.
+
+        No d_out x d_in matrix is made, and nothing large cancels, as it would in the norms of both products.
+        """
         terms = []
         for name in (name for name in self.now if ".lora_A." in name):
             other = name.replace(".lora_A.", ".lora_B.")
             a, b = self.now[name], self.now[other]  # [r, d_in], [d_out, r]
             a_0, b_0 = (self.before[key].to(a) for key in (name, other))
-            # From the changes: B A - B_0 A_0 = dB A + B_0 dA, whose norms do not cancel as those of the products would.
             left, right = torch.cat([b - b_0, b_0], 1), torch.cat([a, a - a_0])  # [d_out, 2 r], [2 r, d_in]
             terms.append(((left.T @ left) * (right @ right.T)).sum())
         return 0.5 * self.eps * self.scale**2 * torch.stack(terms).sum()

@@ -186,7 +186,8 @@ def write_plan(path: Path, deadline: float, plans: Mapping[str, EdgePlan]) -> No
 
 
 def check_data(run: Run, method: Method) -> list[str]:
-    """A line an edge about the rows this machine can see. Raises EdgeError for an edge whose source has a fault.
+    """A line an edge about the rows this machine can see. Raises EdgeError for an edge whose source has a fault, and
+    UserError for the server's.
 
     With a cluster elsewhere, what is not here is left to the preflight on the edges.
     """
@@ -207,4 +208,6 @@ def check_data(run: Run, method: Method) -> list[str]:
         raise EdgeError("\n".join(faults))
     if not faults:
         classes_of(run, facts)
+    if run.server.data is not None:  # this machine's own, wherever the edges are
+        lines.append(f"server: {inspect(run.server.data, '', [], run.seed).rows} rows in {run.server.data.source}")
     return lines + [f"{fault} (left to the preflight on the cluster)" for fault in faults]

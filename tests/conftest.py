@@ -6,7 +6,8 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from fedbiot_made import Here
     from runs import Started
 
 DEFAULTS = {
@@ -116,6 +118,22 @@ def run_file(tmp_path: Path, model_dir: Path, data_dir: Path) -> Path:
     from runs import tiny_run
 
     return tiny_run(tmp_path, model_dir, data_dir)
+
+
+@pytest.fixture
+def needs(deep_dir: Path, public_file: Path) -> list[str]:
+    """What `fedbiot` needs beside `run_file`."""
+    from runs import emulated
+
+    return emulated(deep_dir, public_file)
+
+
+@pytest.fixture
+def fedbiot(run_file: Path, needs: list[str]) -> "Callable[..., Here]":
+    """Makes a run of `fedbiot` with changed settings."""
+    from fedbiot_made import opened
+
+    return partial(opened, run_file, needs)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Models made shallower, families alike; frames that are filled with what an order brings."""
+"""The cut, models made shallower, families alike; frames that are filled with what an order brings."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from fedbiot_made import of_layers
+from hypothesis import given
+from hypothesis import strategies as st
 from toys import PAD
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
+from fedpipe_ray import lora
 from fedpipe_ray.bottleneck import layers as projections
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.frame import filled, frame
-from fedpipe_ray.layer_drop import blocks, cut, keep, renumbered
+from fedpipe_ray.layer_drop import blocks, client_parameters, cut, keep, renumbered
 from fedpipe_ray.model import Base
 from fedpipe_ray.settings import Model
 
@@ -56,6 +62,67 @@ def made(family: str) -> Any:
 def outputs(model: Any) -> torch.Tensor:
     tokens = torch.randint(3, 18, (2, 12), generator=torch.Generator().manual_seed(1))
     return torch.as_tensor(model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits)
+
+
+@pytest.mark.parametrize(
+    ("a", "beta", "kept", "dropped", "params", "share", "gib", "adapter", "emulator"),
+    [
+        (2, 0.2, 24, (4, 9, 14, 19, 24, 28), 5.524, 82.0, 10.29, 262_144, 3_145_728),
+        (2, 0.5, 15, None, 3.703, 54.9, 6.90, 262_144, 1_966_080),
+        (4, 0.2, 22, (4, 8, 13, 17, 22, 26), 5.524, 82.0, 10.29, 524_288, 2_883_584),
+        (4, 0.5, 14, None, 3.905, 58.0, 7.27, 524_288, 1_835_008),
+    ],
+)
+def test_sizes_of_llama_2_7b(
+    a: int, beta: float, kept: int, dropped: Any, params: float, share: float, gib: float, adapter: int, emulator: int
+) -> None:
+    """From the shapes of the model on the meta device, rank 8 on q_proj and v_proj."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=32_000, hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
+            num_attention_heads=32, tie_word_embeddings=False,
+        ))  # fmt: skip
+    whole = sum(p.numel() for p in model.parameters())
+    assert whole == 6_738_415_616
+    assert sum(p.numel() for p in blocks(model)[1][0].parameters()) == 202_383_360
+    found = cut(32, a, beta)
+    assert len(found.rest) == 32 - a
+    assert len(found.emulator) == kept
+    assert dropped is None or found.dropped == dropped
+    ours = client_parameters(model, found)
+    assert (round(ours / 1e9, 3), round(100 * ours / whole, 1), round(2 * ours / 2**30, 2)) == (params, share, gib)
+    shapes = {n: p.numel() for n, p in lora.parameters(lora.inject(model, spec())).items()}
+    assert sum(shapes.values()) == 4_194_304
+    assert sum(of_layers(shapes, set(found.adapter)).values()) == adapter == 4_194_304 * a // 32
+    assert sum(of_layers(shapes, set(found.emulator)).values()) == emulator
+    keep(model, found.kept)  # and the model made smaller has as many
+    assert sum(p.numel() for n, p in model.named_parameters() if "lora" not in n) == ours
+
+
+def spec(*targets: str) -> lora.LoraSpec:
+    return lora.LoraSpec(8, 16, targets or ("q_proj", "v_proj"))
+
+
+@given(st.integers(3, 80), st.integers(1, 6), st.floats(0, 0.95), st.sampled_from(["last", "ends"]))
+def test_a_cut_is_a_partition_and_keeps_both_ends(layers: int, a: int, beta: float, split: Any) -> None:
+    a = 2 * a if split == "ends" else a
+    rest = layers - a
+    if rest < 2 or round(rest * (1 - beta)) < 2:
+        with pytest.raises(UserError, match=r"method\.(a|beta): "):
+            cut(layers, a, beta, split)
+        return
+    found = cut(layers, a, beta, split)
+    assert sorted((*found.adapter, *found.emulator, *found.dropped)) == list(range(layers))
+    assert (found.emulator[0], found.emulator[-1]) == (found.rest[0], found.rest[-1])
+    assert len(found.emulator) == round(rest * (1 - beta))
+    assert list(found.emulator) == sorted(set(found.emulator))
+    assert len(found.adapter) == a
+    assert found.kept[found.after[1]] == found.after[0]
+    assert found.adapter == tuple(range(rest, layers)) if split == "last" else found.adapter[0] == 0
+    names = [f"m.layers.{i}.w" for i in found.kept]
+    small = [f"m.layers.{i}.w" for i in range(len(found.kept))]
+    assert [renumbered(name, "layers", found.kept) for name in small] == names
+    assert renumbered("m.embed.weight", "layers", found.kept) == "m.embed.weight"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

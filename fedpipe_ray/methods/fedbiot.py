@@ -14,8 +14,8 @@ settings: a 2 or 4 of 32, beta 0.2 or 0.5, LoRA r 8, alpha 16, dropout 0.05 on q
 
 Where we leave the authors' code: there eps has no gradient, lambda is 0, an edge of a distributed run never sees w_E
 again, the server aligns at the edges' settings, edges weigh alike. Here eps acts on the merged change, w_E is sent and
-counted every round, the server's settings are its own, p_m are rows (`weigh: equal`). Ours: where steps between
-0.2 and 0.5 are drawn (`prealign_steps_of`); alignment after the last round too; `join: product`, the product nearest to
+counted every round, the server's settings are its own, p_m are rows (`weigh: equal`). Ours: how many steps for other
+betas (`prealign_steps_of`); alignment after the last round too; `join: product`, the product nearest to
 sum_m p_m B_m A_m; edges evaluate AdapEmu, the server both.
 
 With prealign_steps and align_steps 0 it is FedOT; with one edge that has all rows, Offsite-Tuning (arXiv 2302.04870).
@@ -62,7 +62,10 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Shape:
-    """What is where. stem: the list of layers; adapter, emulator: shapes of LoRA tensors by their key in the whole."""
+    """What is where. stem: the list of layers; adapter, emulator: shapes of LoRA tensors by their key in the whole.
+
+    The emulator has none where it is not aligned: no layer is dropped, or the server takes no step.
+    """
 
     cut: Cut
     stem: str
@@ -146,11 +149,6 @@ class FedBiOT(LoraMethod):
         """Steps of the server before the first round."""
         return prealign_steps_of(self.beta) if self.prealign_steps is None else self.prealign_steps
 
-    @property
-    def aligned(self) -> bool:
-        """Whether there is anything to align: at beta 0 the emulator is the whole."""
-        return self.beta > 0 and self.prealigning + self.align_steps > 0
-
     def check(self, site: Site) -> None:
         """Raises UserError for a model that cannot be cut so, and for what is needed and not there."""
         run = site.run
@@ -160,8 +158,7 @@ class FedBiOT(LoraMethod):
             raise UserError(f"model.name: {run.model.name} is quantized; fedbiot sends layers and needs 16 or 32 bits")
         if run.local.checkpointing:
             raise UserError("local.checkpointing: it would take gradients below the adapter; fedbiot needs false")
-        self.shape(site)
-        if self.aligned and run.server.data is None:
+        if self.shape(site).emulator and run.server.data is None:
             raise UserError(
                 "server.data: fedbiot aligns the emulator on public rows; give server.data a source, "
                 "or FedOT's method.prealign_steps: 0 and method.align_steps: 0"
@@ -174,9 +171,10 @@ class FedBiOT(LoraMethod):
             stem, layers = blocks(skeleton.get_base_model())
             found = cut(len(layers), self.a, self.beta, self.split)
             shapes = {name: tuple(p.shape) for name, p in lora.parameters(skeleton).items()}
+            aligned = found.dropped and self.prealigning + self.align_steps > 0  # else E stays as it is
             own = [
                 {name: shapes[name] for name in shapes if layer_of(name, stem) in numbers}
-                for numbers in (found.adapter, found.emulator if self.aligned else ())
+                for numbers in (found.adapter, found.emulator if aligned else ())
             ]
             site.memo["shape"] = Shape(found, stem, *own)
         shape: Shape = site.memo["shape"]
@@ -206,7 +204,7 @@ class FedBiOT(LoraMethod):
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         shape = self.shape(server)
         state = Message(lora.initial({**shape.adapter, **shape.emulator}, generator))
-        if self.aligned:
+        if shape.emulator:
             log.info("aligning the emulator: %d steps", self.prealigning)
         return self.align(state, server, self.prealigning, rng)
 
@@ -266,9 +264,9 @@ class FedBiOT(LoraMethod):
 
     def align(self, state: Message, server: Site, steps: int, rng: np.random.Generator) -> Message:
         """The state with w_E after some steps on public rows; nothing else changes. Raises UserError if it diverges."""
-        if not self.aligned or steps == 0:
-            return state
         shape = self.shape(server)
+        if not shape.emulator or steps == 0:
+            return state
         adapter, emulator = (
             shape.small({name: state.tensors[name] for name in names}) for names in (shape.adapter, shape.emulator)
         )
