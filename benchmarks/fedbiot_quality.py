@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "FedOT, ends": {**FEDOT, "a": 4, "split": "ends"},
     "FedBiOT, beta 0.5": {"beta": 0.5},
     "FedOT, last, beta 0.5": {**FEDOT, "beta": 0.5},
-    "FedBiOT, eps 0": {"eps": 0},
+    "FedBiOT, eps 1": {"eps": 1},
     "FedBiOT, lambda 0": {"lam": 0},
     "Offsite-Tuning, ends": {**FEDOT, "a": 4, "split": "ends", "pooled": True},
     "FedBiOT, eps 0.1": {"eps": 0.1},

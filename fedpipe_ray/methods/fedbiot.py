@@ -110,15 +110,16 @@ class FedBiOT(LoraMethod):
     """FedBiOT: edges train the last layers over a shallow emulator that the server aligns on public rows.
 
     a: layers of the adapter; beta: share of the others left out; split: `last`, or `ends` as in Offsite-Tuning. eps:
-    pull towards what an edge received; lam: lambda. prealign_steps (null: by beta), align_steps: of the server, before
-    round 1 and after each; 0 and 0 are FedOT. align_lr, align_batch: its AdamW. positions: compared on `text` or `all`.
-    weigh: edges by rows or `equal`. join: means of A and of B, or the nearest `product`.
+    pull towards what an edge received (0, which measured best, or 1 in the paper); lam: lambda. prealign_steps (null:
+    by beta), align_steps: of the server, before round 1 and after each; 0 and 0 are FedOT. align_lr, align_batch: its
+    AdamW. positions: compared on `text` or `all`. weigh: edges by rows or `equal`. join: means of A and of B, or the nearest
+    `product`.
     """
 
     a: int = 2
     beta: float = 0.2
     split: Split = "last"
-    eps: float = 1.0
+    eps: float = 0.0
     lam: float = 1.0
     prealign_steps: int | None = None
     align_steps: int = 5
