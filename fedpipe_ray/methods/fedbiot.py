@@ -112,8 +112,8 @@ class FedBiOT(LoraMethod):
     a: layers of the adapter; beta: share of the others left out; split: `last`, or `ends` as in Offsite-Tuning. eps:
     pull towards what an edge received (0, which measured best, or 1 in the paper); lam: lambda. prealign_steps (null:
     by beta), align_steps: of the server, before round 1 and after each; 0 and 0 are FedOT. align_lr, align_batch: its
-    AdamW. positions: compared on `text` or `all`. weigh: edges by rows or `equal`. join: means of A and of B, or the nearest
-    `product`.
+    AdamW. positions: compared on `text` or `all`. weigh: edges by rows or `equal`. join: means of A and of B, or the
+    nearest `product`.
     """
 
     a: int = 2
