@@ -11,6 +11,7 @@ import torch
 from fedpipe_ray.data import SourceFacts
 from fedpipe_ray.evaluate import Metrics
 from fedpipe_ray.fleet import Refused, guarded
+from fedpipe_ray.frame import frame
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods.base import Method
 from fedpipe_ray.model import Base, Parcel
@@ -70,8 +71,8 @@ class EdgeActor:
             self._opened(name)
         return ready
 
-    def attempt(self, name: str, round: int, shared: Message, own: Message) -> tuple[Report | Lost, Message | None]:
-        """One round: (report, update), two objects, so that the driver can look at one without fetching the other."""
+    def attempt(self, name: str, round: int, *parts: Message) -> tuple[Report | Lost, Message | None]:
+        """One round, its order in parts: (report, update), two objects, so that one can be had without the other."""
         site = self._site(name)
         if self.method.base != "none":
             if name not in self.open:
@@ -79,11 +80,11 @@ class EdgeActor:
                 if isinstance(ready, Refused):
                     return Lost(name, ready.reason, ready.traceback), None
             self._opened(name)
-        return attempt(site, Message({**shared.tensors, **own.tensors}, own.numbers), round)
+        return attempt(site, Message.joined(*parts), round)
 
-    def evaluate(self, name: str, state: Message | None, split: str, answers: int) -> Metrics | Refused:
-        """Metrics of a state on an edge's own rows."""
-        site = self._site(name)
+    def evaluate(self, name: str, split: str, answers: int, *parts: Message) -> Metrics | Refused:
+        """Metrics of a state, in parts (none: of the base model), on an edge's own rows."""
+        site, state = self._site(name), Message.joined(*parts) if parts else None
         found = guarded(name, lambda: site.evaluate(state, split, answers))
         self._opened(name)
         return found
@@ -115,7 +116,10 @@ class EdgeActor:
     def _load(self, classes: Sequence[str], bits: int) -> Base:
         if bits in self.bases:
             return self.bases[bits]
-        base = Base.load(self.run.model, self.run.data.task, classes, self.run.seed, self.parcel, bits)
+        if self.method.base == "sent":
+            base = frame(self.run.model, self.run.data.task, classes, self.parcel.files if self.parcel else None)
+        else:
+            base = Base.load(self.run.model, self.run.data.task, classes, self.run.seed, self.parcel, bits)
         if not self.alone:
             self.bases[bits] = base
         return base

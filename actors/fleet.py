@@ -16,7 +16,8 @@ from fedpipe_ray.data import SourceFacts
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.evaluate import Metrics
 from fedpipe_ray.fleet import Refused, accepted, classes_of
-from fedpipe_ray.message import Message
+from fedpipe_ray.frame import frame
+from fedpipe_ray.message import KEPT, Message
 from fedpipe_ray.methods.base import Method
 from fedpipe_ray.model import Base
 from fedpipe_ray.report import Lost, Report
@@ -55,6 +56,7 @@ class RayFleet:
         self.classes: list[str] = []
         self.private: dict[str, Rest] = {}
         self.restoring: dict[str, Any] = {}  # edges whose private state is on its way to another worker
+        self.kept: dict[str, tuple[dict[str, Any], Any]] = {}  # what each edge is to keep, and its reference
         self.opened = False
         try:
             self.room.find()
@@ -90,13 +92,16 @@ class RayFleet:
         shared, own = split(orders)
         settings, dtype = self.run_settings.fleet, self.run_settings.wire.dtype
         everyone = put(Message(shared).to(dtype))
-        if isinstance(everyone, Fault):
-            yield from (Lost(name, everyone.reason) for name in orders)
+        kept = {name: self._kept(name, order) for name, order in orders.items()}
+        fault = next((one for one in (everyone, *(k for part in kept.values() for k in part)) if is_fault(one)), None)
+        if fault is not None:
+            yield from (Lost(name, fault.reason) for name in orders)
             return
 
         def send(worker: Worker, name: str) -> Any:
             self._hand_over(worker, name)
-            return worker.actor.attempt.options(num_returns=2).remote(name, round, everyone, own[name].to(dtype))
+            parts = (everyone, *kept[name], own[name].to(dtype))
+            return worker.actor.attempt.options(num_returns=2).remote(name, round, *parts)
 
         limit = settings.round_timeout_seconds
         late = f"no report within fleet.round_timeout_seconds={limit or 0:g}"
@@ -107,10 +112,11 @@ class RayFleet:
 
     def evaluate(self, state: Message | None, split: str, answers: int = 0) -> dict[str, Metrics | Lost]:
         """Metrics of a state on every edge's own rows; the state is put once."""
-        reference = None if state is None else put(state)
-        if isinstance(reference, Fault):
-            return {name: Lost(name, reference.reason) for name in self.edges}
-        found = self._ask(list(self.edges), "evaluate", reference, split, answers)
+        parts = [] if state is None else [*self._kept("", state), put(Message(state.rest, state.numbers))]
+        fault = next(filter(is_fault, parts), None)
+        if fault is not None:
+            return {name: Lost(name, fault.reason) for name in self.edges}
+        found = self._ask(list(self.edges), "evaluate", split, answers, *parts)
         return {
             name: Lost(name, answer.reason, answer.traceback) if isinstance(answer, Refused) else answer
             for name, answer in found.items()
@@ -147,6 +153,21 @@ class RayFleet:
             result |= {name: now for name, now in found.items() if all_shown or now.status not in idle}
         return result
 
+    def _kept(self, name: str, order: Message) -> list[Any]:
+        """A reference to what stays with an edge, or a Fault; none if nothing does. Equal ones are put once a run."""
+        tensors = order.kept
+        if not tensors:
+            return []
+        there = [
+            reference
+            for known, reference in self.kept.values()
+            if known.keys() == tensors.keys() and all(known[key] is tensors[key] for key in known)
+        ]
+        found = there[0] if there else put(Message({KEPT + key: tensor for key, tensor in tensors.items()}))
+        if not is_fault(found):
+            self.kept[name] = tensors, found
+        return [found]
+
     def close(self) -> None:
         """Ends the actors, and Ray if it was started here."""
         self.room.give_back()
@@ -157,6 +178,10 @@ class RayFleet:
     def _load_parcel(self) -> None:
         """Puts the model into the object store once if the driver is to ship it."""
         model = self.run_settings.model
+        if self.method.base == "sent":  # its weights come with orders
+            empty = frame(model, self.run_settings.data.task, self.classes).parcel()
+            self.workers.equipment = (self.classes, ray.put(empty.files), ray.put(Message()))
+            return
         ships = model.load == "driver" or (model.load == "auto" and model.name.startswith("builtin:"))
         files = weights = None
         if ships:
@@ -237,6 +262,11 @@ def outcome(name: str, answer: Answer | Fault) -> Any:
     return Refused(name, answer.reason, answer.traceback) if isinstance(answer, Fault) else answer.value
 
 
+def is_fault(answer: Any) -> bool:
+    """Whether something is a Fault, and no reference."""
+    return isinstance(answer, Fault)
+
+
 def put(message: Message) -> Any:
     """A reference to `message` in the object store, or a Fault if that has no room; a small message as it is."""
     if message.total_bytes <= INLINE_BYTES:
@@ -248,12 +278,15 @@ def put(message: Message) -> Any:
 
 
 def split(orders: Mapping[str, Message]) -> tuple[dict[str, Any], dict[str, Message]]:
-    """(tensors that are the same object in every order, the rest of each order): what to put once, what to send."""
+    """(tensors that are the same object in every order, the rest of each order): what to put once, what to send.
+
+    Without those that edges keep.
+    """
     messages: Sequence[Message] = list(orders.values())
-    first = messages[0].tensors if messages else {}
+    first = messages[0].rest if messages else {}
     shared = {name: t for name, t in first.items() if all(m.tensors.get(name) is t for m in messages)}
     own = {
-        edge: Message({k: t for k, t in message.tensors.items() if k not in shared}, message.numbers)
+        edge: Message({k: t for k, t in message.rest.items() if k not in shared}, message.numbers, message.held)
         for edge, message in orders.items()
     }
     return shared, own

@@ -84,9 +84,9 @@ class ParallelEdge:
         answer: Ready | Refused = self._ask("prepare", name)
         return answer
 
-    def attempt(self, name: str, round: int, shared: Message, own: Message) -> tuple[Report | Lost, Message | None]:
+    def attempt(self, name: str, round: int, *parts: Message) -> tuple[Report | Lost, Message | None]:
         """One round of the whole group."""
-        answer = self._ask("attempt", name, round, shared, own)
+        answer = self._ask("attempt", name, round, *parts)
         if isinstance(answer, Refused):
             return Lost(self.name, answer.reason, answer.traceback), None
         report: Report | Lost = answer[0]
@@ -94,9 +94,9 @@ class ParallelEdge:
             self.setup["restore"] = (name, round + 1, report.private["path"], report.private["sha256"])
         return report, answer[1]
 
-    def evaluate(self, name: str, state: Message | None, split: str, answers: int) -> Metrics | Refused:
+    def evaluate(self, name: str, split: str, answers: int, *parts: Message) -> Metrics | Refused:
         """Metrics of a state on this edge's own rows, by the first process."""
-        answer: Metrics | Refused = self._ask("evaluate", name, state, split, answers)
+        answer: Metrics | Refused = self._ask("evaluate", name, split, answers, *parts)
         return answer
 
     def restore(self, name: str, round: int, path: str, sha256: str) -> Refused | None:

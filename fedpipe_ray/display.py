@@ -192,7 +192,7 @@ class Display:
 
 
 def comparison(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Table:
-    """Base -> tuned on the test rows: of the fleet as a whole, and of every edge."""
+    """Base -> tuned on the test rows: of every edge, of the fleet as a whole, and of the views that a server has."""
     columns = [
         key
         for key in ("loss", "perplexity", "token_accuracy", "accuracy", "macro_f1", "rouge_l", "exact_match")
@@ -202,16 +202,21 @@ def comparison(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Table:
     table.add_column("edge", overflow="fold")
     for key in columns:
         table.add_column(key.replace("_", " "), justify="right")
-    for name in [*tuned["edges"], None]:
-        before, after = (
-            (base["edges"].get(name, {}), tuned["edges"][name]) if name else (base["global"], tuned["global"])
-        )
-        table.add_row(
-            name or "all edges",
-            *[f"{number(before.get(key), 3)} -> {number(after.get(key), 3)}" for key in columns],
-            end_section=name is None,
-        )
+    rows = {name: (base["edges"].get(name, {}), metrics) for name, metrics in tuned["edges"].items()}
+    rows["all edges"] = base["global"], tuned["global"]
+    for view in dict.fromkeys(key.rpartition(".")[0] for key in tuned.get("server", {})):
+        both = (view_of(found.get("server", {}), view) for found in (base, tuned))
+        rows[f"server, {view}" if view else "server"] = next(both), next(both)
+    for name, (before, after) in rows.items():
+        cells = [f"{number(before.get(key), 3)} -> {number(after.get(key), 3)}" for key in columns]
+        table.add_row(name, *cells, end_section=name == "all edges")
     return table
+
+
+def view_of(metrics: Mapping[str, float], view: str) -> dict[str, float]:
+    """The metrics of one view, by their own names; "" is the first."""
+    parts = {key: key.rpartition(".") for key in metrics}
+    return {parts[key][2]: value for key, value in metrics.items() if parts[key][0] == view}
 
 
 def plan_table(deadline: float, plans: Mapping[str, EdgePlan]) -> Table:

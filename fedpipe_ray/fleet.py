@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from .data import SourceFacts
 from .errors import EdgeError, UserError
 from .evaluate import Metrics
+from .frame import frame
 from .message import Message
 from .methods.base import Method
 from .model import Base
@@ -46,7 +47,7 @@ class Fleet(Protocol):
         """Has the edges carry out their orders."""
 
     def evaluate(self, state: Message | None, split: str, answers: int = 0) -> dict[str, Metrics | Lost]:
-        """Metrics of a state (None: the base model) on every edge's own rows."""
+        """Metrics of a state (None: the base model), as base.shown has it, on every edge's own rows."""
 
     def restore(self, round: int, private: Mapping[str, Mapping[str, str]]) -> None:
         """Has the edges take up the private states of a checkpoint. Raises EdgeError."""
@@ -96,7 +97,7 @@ class SerialFleet:
     """All edges in this process, one after another, on one frozen base a bit-width. As any other fleet, bit for bit."""
 
     def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
-        self.run_settings = run
+        self.run_settings, self.method = run, method
         self._bases: dict[int, Base] = {}
         self.classes: list[str] = []
         self.sites = {name: Site(name, run, method, self._load, private_dir) for name in run.fleet.edges}
@@ -104,7 +105,10 @@ class SerialFleet:
     def _load(self, classes: Sequence[str], bits: int) -> Base:
         if bits not in self._bases:
             run = self.run_settings
-            self._bases[bits] = Base.load(run.model, run.data.task, classes, run.seed, bits=bits)
+            if self.method.base == "sent":
+                self._bases[bits] = frame(run.model, run.data.task, classes)
+            else:
+                self._bases[bits] = Base.load(run.model, run.data.task, classes, run.seed, bits=bits)
         return self._bases[bits]
 
     @property

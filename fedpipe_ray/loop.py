@@ -13,8 +13,9 @@ import numpy as np
 from .errors import AllEdgesLost
 from .evaluate import Metrics, combine
 from .fleet import Fleet
+from .held import Held
 from .message import Message
-from .methods.base import Method, checked
+from .methods.base import Method, checked, shown
 from .randomness import rng_for
 from .report import Lost, Report, dropped
 from .settings import Profile
@@ -42,7 +43,7 @@ class Round:
     outcomes: Report (its message released) or Lost of every edge that was heard of, in the order of the fleet;
     evaluation: of every edge that has validation rows, empty where none was due. wall_seconds leave evaluate_seconds
     out. virtual_seconds: from the end of the round before to the end of this one, clock_seconds: at that end. flights:
-    the edges still at work then (fleet.mode: buffered).
+    the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Round:
     virtual_seconds: float = 0.0
     clock_seconds: float = 0.0
     flights: tuple[Flight, ...] = ()
+    held: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @property
     def reports(self) -> list[Report]:
@@ -82,7 +84,7 @@ class Round:
 class Start:
     """Where a loop begins: `state` after `round` finished rounds, and the edges' private states by path and hash.
 
-    clock_seconds, flights: as of the last finished round.
+    clock_seconds, flights, held: as of the last finished round.
     """
 
     state: Message
@@ -90,6 +92,7 @@ class Start:
     private: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     clock_seconds: float = 0.0
     flights: tuple[Flight, ...] = ()
+    held: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
 
 def there(edges: Mapping[str, Profile], seed: int, round: int, clock_seconds: float) -> dict[str, Profile]:
@@ -161,29 +164,34 @@ def federate(
     ever be asked again; the state before it stands.
     """
     start = start or Start(method.start(server, rng_for(seed, 0, "start")))
-    state, first, clock = start.state, start.round, start.clock_seconds
+    state, first, clock, held = start.state, start.round, start.clock_seconds, Held(start.held)
     del start  # or the first state would be held to the end
     deadline = math.inf if deadline_seconds is None else deadline_seconds
     for number in range(first, rounds):
         began = time.perf_counter()
         opened, here = awaited(fleet.edges, seed, number, clock)
         used, asked = counts(len(here), fraction, over_select)
-        planned = method.plan(state, sample(here, asked, seed, number), server, number, rng_for(seed, number, "plan"))
-        orders, outcomes = orders_of(planned), dict[str, Report | Lost]()
+        edges = sample(here, asked, seed, number)
+        planned = method.plan(state, edges, server, number, rng_for(seed, number, "plan"))
+        orders, outcomes = held.mark(orders_of(planned)), dict[str, Report | Lost]()
         reports = with_left_out(planned, fleet.run(orders, number))
         reports = checked(reports, orders, server.run.wire.dtype, server.run.server.norm_bound)
         reports = on_time(reports, deadline)
         arriving = watch(reports if used >= len(orders) else first_of(reports, used), outcomes)
         before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
+        held.note(orders, outcomes)
         closed = closing(outcomes, used, deadline)
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
         del before, planned, orders, reports, arriving
         wall = time.perf_counter() - began
-        evaluation = measured(fleet, state, number + 1, rounds, evaluate_every)
+        evaluation = measured(fleet, shown(method, state, server), number + 1, rounds, evaluate_every)
         spent = time.perf_counter() - began - wall
         past, clock = clock, opened + closed
         seconds = opened - past + closed
-        yield Round(number, state, outcomes, evaluation, combine(evaluation), wall, spent, seconds, clock)
+        quality = combine(evaluation)
+        yield Round(
+            number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges
+        )  # fmt: skip
 
 
 def orders_of(planned: Mapping[str, Message | Lost]) -> dict[str, Message]:
@@ -243,7 +251,7 @@ def closing(outcomes: Mapping[str, Report | Lost], used: int, deadline: float) -
     return min(deadline, max((one.cost.virtual_seconds for one in outcomes.values()), default=0.0))
 
 
-def measured(fleet: Fleet, state: Message, done: int, rounds: int, every: int) -> dict[str, Metrics]:
+def measured(fleet: Fleet, state: Message | None, done: int, rounds: int, every: int) -> dict[str, Metrics]:
     """Metrics by edge of a state after `done` of `rounds` rounds, if they are due."""
     if not every or (done % every and done != rounds):
         return {}

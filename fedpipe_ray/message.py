@@ -20,6 +20,7 @@ import torch
 # Tensors rebuilt from a shared-memory buffer are read-only views; every user of a Message copies before it writes.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
+KEPT = "kept."  # an order's tensors under this prefix stay with the edge: they travel as they are stored, and once
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,21 +29,34 @@ class Message:
     """Named tensors and named numbers.
 
     tensors: any shapes and dtypes, on any device; they travel as flat buffers, one copy into the receiver's store and
-    none out of it, and arrive as read-only CPU views. numbers: a few scalars. Treat both as immutable.
+    none out of it, and arrive as read-only CPU views. numbers: a few scalars. held: names of tensors that the receiver
+    has from before, which no byte is counted for. Treat all as immutable.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
+    held: frozenset[str] = frozenset()
+
+    @property
+    def kept(self) -> dict[str, torch.Tensor]:
+        """The tensors that stay with the receiver, by their names without KEPT."""
+        return {name.removeprefix(KEPT): t for name, t in self.tensors.items() if name.startswith(KEPT)}
+
+    @property
+    def rest(self) -> dict[str, torch.Tensor]:
+        """The others."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(KEPT)}
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of tensor storage as sent."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(t.numel() * t.element_size() for name, t in self.tensors.items() if name not in self.held)
 
     @property
     def header_bytes(self) -> int:
         """Bytes of names, dtypes, shapes and numbers, as one JSON text."""
-        return len(json.dumps([_specs(self.tensors), dict(self.numbers)]).encode())
+        sent = {name: tensor for name, tensor in self.tensors.items() if name not in self.held}
+        return len(json.dumps([_specs(sent), dict(self.numbers)]).encode())
 
     @property
     def total_bytes(self) -> int:
@@ -50,12 +64,19 @@ class Message:
         return self.payload_bytes + self.header_bytes
 
     def to(self, dtype: str) -> Message:
-        """The same message with floating-point tensors cast to `dtype`; itself if nothing changes."""
+        """This message with floating-point tensors cast to `dtype`, but for kept ones; itself if nothing changes."""
         target = DTYPES[dtype]
-        if all(tensor.dtype == target or not tensor.is_floating_point() for tensor in self.tensors.values()):
-            return self
-        cast = {k: t.to(target) if t.is_floating_point() else t for k, t in self.tensors.items()}
-        return Message(cast, self.numbers)
+        cast = {
+            name: tensor.to(target) if tensor.is_floating_point() and not name.startswith(KEPT) else tensor
+            for name, tensor in self.tensors.items()
+        }
+        same = all(cast[name] is tensor for name, tensor in self.tensors.items())
+        return self if same else Message(cast, self.numbers, self.held)
+
+    @classmethod
+    def joined(cls, *parts: Message) -> Message:
+        """One message of several: all tensors; numbers and held of the last."""
+        return cls({k: t for part in parts for k, t in part.tensors.items()}, parts[-1].numbers, parts[-1].held)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Message], tuple[Any, ...]]:
         flat = [
@@ -63,7 +84,7 @@ class Message:
             for tensor in self.tensors.values()
         ]
         buffers = [pickle.PickleBuffer(array.data) if protocol >= 5 else array.tobytes() for array in flat]
-        return _rebuild, (_specs(self.tensors), dict(self.numbers), buffers)
+        return _rebuild, (_specs(self.tensors), dict(self.numbers), buffers, self.held)
 
     def save(self, path: Path) -> str:
         """Writes one safetensors file beside `path`, renames it to `path`; returns its SHA-256. Raises OSError.
@@ -116,11 +137,13 @@ def _specs(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str, list[int
     return [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()]
 
 
-def _rebuild(specs: Sequence[tuple[str, str, list[int]]], numbers: dict[str, float], buffers: Sequence[Any]) -> Message:
+def _rebuild(
+    specs: Sequence[tuple[str, str, list[int]]], numbers: dict[str, float], buffers: Sequence[Any], held: frozenset[str]
+) -> Message:
     """Read-only views on the received buffers; no copy."""
     tensors = {}
     for (name, dtype, shape), buffer in zip(specs, buffers, strict=True):
         kind = getattr(torch, dtype)
         flat = torch.frombuffer(buffer, dtype=kind) if math.prod(shape) else torch.empty(0, dtype=kind)
         tensors[name] = flat.view(shape)
-    return Message(tensors, numbers)
+    return Message(tensors, numbers, held)

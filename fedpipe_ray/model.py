@@ -64,7 +64,8 @@ class Base:
         self.device = device
         self.bits = bits
         self.pad_id = set_pad_token(model, tokenizer)
-        self.model = (model.to(device) if bits == 16 else model).eval().requires_grad_(False)
+        empty = next(model.parameters()).is_meta  # see frame.py
+        self.model = (model if empty or bits != 16 else model.to(device)).eval().requires_grad_(False)
         self.attached: dict[Any, Any] = {}
         if device.type == "cpu":
             for tensor in self.model.state_dict().values():  # mapped from a file: in memory now, not in the first step

@@ -1,6 +1,7 @@
-"""The built-in model `builtin:tiny-llama`: 1.6M parameters, made on this machine: a first run downloads nothing.
+"""The built-in models, made on this machine: a first run downloads nothing.
 
-A small Llama on the public corpus of data.docstrings: whole docstrings and pairs, shuffled and packed.
+`builtin:tiny-llama` has 3 layers and 1.6M parameters, `builtin:deep-llama` 8 layers and 1.3M. Small Llamas, pretrained
+on the public corpus of data.docstrings: whole docstrings and pairs, shuffled and packed.
 Matrices train with Muon, embeddings and norms with AdamW, which beat AdamW alone at equal time. The number of steps is
 fixed, never the time: results must repeat. Recipe: ours.
 """
@@ -60,7 +61,10 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES = {"tiny-llama": Recipe()}
+RECIPES = {
+    "tiny-llama": Recipe(),
+    "deep-llama": Recipe(hidden=96, layers=8, intermediate=256),  # for methods that cut a model by its layers
+}
 
 
 def builtin_model(

@@ -19,6 +19,7 @@ from typing import IO, Any
 from .buffered import flights_loaded, flights_saved
 from .config import load_run, to_yaml, training_hash
 from .errors import UserError
+from .held import grouped, ungrouped
 from .loop import Round, Start
 from .message import Message, write_atomically
 from .remote import RemoteFolder, is_url, local
@@ -180,6 +181,7 @@ class RunFolder:
             "private": dict(point.start.private),
             "clock_seconds": point.start.clock_seconds,
             "flights": flights_saved(point.start, aside),
+            "held": grouped(point.start.held),
         }
         write_atomically(aside / "manifest.json", dumps(manifest))
         shutil.rmtree(final, ignore_errors=True)
@@ -258,7 +260,8 @@ def _read_checkpoint(place: Path) -> Checkpoint:
         raise ValueError("it has another format")
     state = Message.load(place / "state.safetensors", manifest.pop("state_sha256"))
     flights, clock = flights_loaded(manifest.pop("flights", []), place), manifest.pop("clock_seconds", 0.0)
-    start = Start(state, manifest.pop("round"), manifest.pop("private"), clock, flights)
+    held = ungrouped(manifest.pop("held", []))
+    start = Start(state, manifest.pop("round"), manifest.pop("private"), clock, flights, held)
     return Checkpoint(start=start, **manifest)
 
 

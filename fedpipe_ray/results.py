@@ -21,13 +21,14 @@ from .display import Display
 from .errors import EdgeError, UserError
 from .evaluate import Metrics, combine, evaluate, generate
 from .fleet import classes_of
-from .message import write_atomically
+from .message import Message, write_atomically
 from .methods.base import Method
 from .model import Base
 from .planning import EdgePlan
 from .record import RunFolder
 from .run import Experiment, MakeFleet, first_view, preflight, server_site
 from .settings import Data, Run
+from .site import Site
 
 Table = dict[str, Any]  # {"global": Metrics, "edges": {name: Metrics}}
 
@@ -48,7 +49,7 @@ def evaluate_folder(
     if source is not None:
         method = preflight(run)
         site = server_site(run, method, point.classes)
-        return on_source(first_view(site, state).on(site.base), site.base, run, source, point.classes)
+        return views_on_source(site, state, source)
     experiment = Experiment(run, preflight(run), folder, make_fleet, display)
     try:
         experiment.open()
@@ -58,6 +59,18 @@ def evaluate_folder(
             return base, experiment.measure(state)
     finally:
         experiment.fleet.close()
+
+
+def views_on_source(site: Site, state: Message, source: str) -> tuple[Table, Table]:
+    """(base, tuned) of every view of a state on all rows of a source: the first as `data`, others by their name."""
+    base: Table = {}
+    tuned: Table = {}
+    for name, weights in site.method.weights(state, site).items():
+        before, after = on_source(weights.on(site.base), site.base, site.run, source, site.classes)
+        base, tuned = base or before, tuned or after
+        if after is not tuned:
+            base["edges"][name], tuned["edges"][name] = before["edges"]["data"], after["edges"]["data"]
+    return base, tuned
 
 
 def evaluate_adapter(path: Path, run: Run, source: str, display: Display) -> tuple[Table, Table]:
@@ -173,7 +186,8 @@ def write_plan(path: Path, deadline: float, plans: Mapping[str, EdgePlan]) -> No
 
 
 def check_data(run: Run, method: Method) -> list[str]:
-    """A line an edge about the rows this machine can see. Raises EdgeError for an edge whose source has a fault.
+    """A line an edge about the rows this machine can see. Raises EdgeError for an edge whose source has a fault, and
+    UserError for the server's.
 
     With a cluster elsewhere, what is not here is left to the preflight on the edges.
     """
@@ -194,4 +208,6 @@ def check_data(run: Run, method: Method) -> list[str]:
         raise EdgeError("\n".join(faults))
     if not faults:
         classes_of(run, facts)
+    if run.server.data is not None:  # this machine's own, wherever the edges are
+        lines.append(f"server: {inspect(run.server.data, '', [], run.seed).rows} rows in {run.server.data.source}")
     return lines + [f"{fault} (left to the preflight on the cluster)" for fault in faults]

@@ -22,7 +22,7 @@ from .fleet import Fleet
 from .loop import Round, Start, federate
 from .message import Message
 from .methods import make_method
-from .methods.base import Method, Weights
+from .methods.base import Method, Weights, shown
 from .model import Base
 from .pretrain import builtin_model
 from .randomness import rng_for
@@ -135,15 +135,22 @@ class Experiment:
             self.fleet.restore(round, left)
 
     def measure(self, state: Message | None) -> dict[str, Any]:
-        """{"global": ..., "edges": {name: ...}} on the test rows, with free-text answers where they are asked for."""
-        found = self.fleet.evaluate(state, "test", self.run.evaluate.generate)
+        """{"global": ..., "edges": {name: ...}} on the test rows, with free-text answers where they are asked for.
+
+        Where edges have not the whole model, "server": what the server measures on test rows of its own, if it has any.
+        """
+        answers = self.run.evaluate.generate
+        found = self.fleet.evaluate(shown(self.method, state, self.server), "test", answers)
         edges: dict[str, Metrics] = {}
         for name, metrics in found.items():
             if isinstance(metrics, Lost):
                 log.warning("edge %s could not evaluate: %s", name, metrics.traceback or metrics.reason)
             elif metrics:
                 edges[name] = metrics
-        return {"global": combine(edges), "edges": edges}
+        table: dict[str, Any] = {"global": combine(edges), "edges": edges}
+        if self.method.base == "sent" and self.run.server.data is not None:
+            table["server"] = self.server.evaluate(state, "test", answers)
+        return table
 
     def finish(self) -> dict[str, Any]:
         """Runs the rounds left; returns the summary. Raises AllEdgesLost, EdgeError or Interrupted, all saved."""
@@ -198,7 +205,7 @@ class Experiment:
             point.totals[key] += record[key]
         left = {edge: outcome.private for edge, outcome in done.outcomes.items() if outcome.private is not None}
         private = {**point.start.private, **left}
-        point.start = Start(done.state, done.number + 1, private, done.clock_seconds, done.flights)
+        point.start = Start(done.state, done.number + 1, private, done.clock_seconds, done.flights, done.held)
         if "loss" in done.quality:
             loss = done.quality["loss"]
             point.history.append({"round": done.number + 1, "loss": loss})

@@ -18,8 +18,8 @@ __all__ = [
 class Model(Section):
     """Which pretrained model, and how it reaches an edge.
 
-    name: `builtin:tiny-llama`, a Hugging Face id, a local folder, or `package:NAME/FOLDER`, a folder in an installed
-    Python package. load: `node` = every edge loads `name` itself
+    name: `builtin:tiny-llama`, `builtin:deep-llama`, a Hugging Face id, a local folder, or `package:NAME/FOLDER`, a
+    folder in an installed Python package. load: `node` = every edge loads `name` itself
     (a path on its node, or the hub); `driver` = the driver loads it and ships weights and tokenizer through the object
     store; `auto` = driver for builtin models, node for others. dtype: of the frozen weights; `auto` = float32 on CPU,
     the checkpoint's own on GPU.

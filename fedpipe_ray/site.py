@@ -20,13 +20,14 @@ from .costs import Cost, PeakMemory, linked, training_flops, virtual_seconds
 from .data import EdgeData, SourceFacts, inspect, open_data
 from .errors import DivergedError, UserError
 from .evaluate import Metrics, evaluate, generate
+from .frame import filled
 from .message import Message
 from .methods.base import Method, Weights
 from .model import Base, empty_model, load_tokenizer, stored_bytes
 from .randomness import rng_for
 from .report import OUT_OF_MEMORY, Lost, Report
 from .settings import Data, Profile, Run
-from .train import gradients, train
+from .train import Objective, gradients, summed_loss, train
 
 SERVER = "server"
 
@@ -71,6 +72,7 @@ class Site:
     bits: int = 16
     memo: dict[str, Any] = field(default_factory=dict)  # what a method worked out from the run alone
     _rests: dict[int, Message | None] = field(default_factory=dict)  # private state before round r
+    _sent: tuple[Base, dict[str, torch.Tensor]] | None = None  # the frame, and what `base` was built from
 
     @property
     def task(self) -> str:
@@ -98,8 +100,19 @@ class Site:
 
     @cached_property
     def base(self) -> Base:
-        """The frozen base model in this site's `bits`, loaded at first use."""
+        """The frozen base model in this site's `bits`, loaded at first use; on a `sent` edge what `build` made."""
         return self.load_base(self.classes, self.bits)
+
+    def build(self, order: Message) -> None:
+        """Makes `base` the model that a `sent` method's order brings; the one from before if it brings the same.
+
+        Raises ValueError if the order's tensors are not those of the method's architecture.
+        """
+        sending: Any = self.method
+        tensors, (frame, before) = order.kept, self._sent or (self.base, {})
+        if before.keys() != tensors.keys() or any(not same_storage(before[k], t) for k, t in tensors.items()):
+            self.__dict__["base"] = filled(frame, tensors, lambda model: sending.reshape(model, order))
+            self._sent = frame, tensors  # held, lest others get their place in memory
 
     def hold(self, bits: int) -> Base:
         """The frozen base model with its linear weights in 4, 8 or 16 bits; the one held before is let go first."""
@@ -139,8 +152,20 @@ class Site:
         self.progress.status = "ready"
         return ready
 
-    def train(self, model: Any, rng: np.random.Generator, **changes: Any) -> None:
-        """This round's local steps on `model`, measured; `changes` replace fields of the run's `local`."""
+    @property
+    def sent(self) -> bool:
+        """Whether this is an edge that has of the model only what its orders bring."""
+        return self.method.base == "sent" and self.name != SERVER
+
+    def train(
+        self, model: Any, rng: np.random.Generator, objective: Objective = summed_loss,
+        penalty: Callable[[], torch.Tensor] | None = None, /, **changes: Any,
+    ) -> None:  # fmt: skip
+        """This round's local steps on `model`, measured; `changes` replace fields of the run's `local`.
+
+        objective, penalty: as train.train has them.
+        """
+        torch.set_num_threads(self.run.local.threads)  # on the server, too
         local = dataclasses.replace(self.run.local, **changes)
         torch.manual_seed(int(rng.integers(2**63)))  # for dropout; here, since attaching an adapter draws numbers too
         started = time.perf_counter()
@@ -153,6 +178,7 @@ class Site:
         done = train(
             model, self.data.train, local, round=self.round, rounds=self.run.rounds, rng=rng, device=self.base.device,
             pad_id=self.base.pad_id, classifier=self.task == "classification", on_step=on_step,
+            objective=objective, penalty=penalty,
         )  # fmt: skip
         self.train_loss = done.loss
         self.cost = dataclasses.replace(
@@ -174,10 +200,13 @@ class Site:
     def evaluate(self, state: Message | None, split: str, answers: int = 0) -> Metrics:
         """Metrics of a state (None: the base model) on this edge's rows; empty if the split has none.
 
-        Views of the state after the first are reported as `view.metric`.
+        Views of the state after the first are reported as `view.metric`. A `sent` edge gets what the method shows.
         """
         torch.set_num_threads(self.run.local.threads)
         self.progress.status = "evaluating"
+        if self.sent and state is not None:
+            self.build(state)
+            state = state if state.rest else None
         views: dict[str, Weights | None] = {"base": None} if state is None else {**self.method.weights(state, self)}
         metrics: Metrics = {}
         for index, (name, weights) in enumerate(views.items()):
@@ -251,6 +280,11 @@ class Site:
             raise UserError(f"edge {self.name}: its private state cannot be restored: {error}") from None
 
 
+def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same bytes in the same form."""
+    return (one.data_ptr(), one.shape, one.dtype) == (other.data_ptr(), other.shape, other.dtype)
+
+
 def training_memory(peak: PeakMemory, stored: int) -> int:
     """Bytes of model, adapters, optimizer and activations at their peak; 0 if nobody asked or this machine cannot tell.
 
@@ -283,13 +317,15 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     site.progress.status, site.progress.step = "training", 0
     profile = linked(site.profile, order.numbers)
     started = time.perf_counter()
-    if "bits" in order.numbers and site.method.base != "none":
-        site.hold(int(order.numbers["bits"]))  # loaded before memory is measured, whatever was held
-    model = None if site.method.base == "none" else site.base.model
-    capped = site.profile.training_memory_bytes is not None
-    peak = PeakMemory(site.base.device if model else torch.device("cpu"), growth=capped)
-    stored = stored_bytes(model) if model and (capped or peak.device.type == "cuda") else 0
+    peak, stored = PeakMemory(torch.device("cpu"), growth=False), 0
     try:
+        if site.method.base != "none":  # loaded before memory is measured, whatever was held
+            if site.sent:
+                site.build(order)
+            elif "bits" in order.numbers:
+                site.hold(int(order.numbers["bits"]))
+            wanted = site.profile.training_memory_bytes is not None or site.base.device.type == "cuda"
+            peak, stored = PeakMemory(site.base.device, growth=wanted), stored_bytes(site.base.model) if wanted else 0
         with peak:
             update = site.method.local_update(order, site, rng).to(site.run.wire.dtype)
         up, held = update.total_bytes, within_capacity(site, peak, stored)

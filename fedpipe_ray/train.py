@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import distributed
 
-from .batches import Rows, autocast, batches_of_like_length, collate, sums
+from .batches import Batch, Rows, autocast, batches_of_like_length, collate, sums
 from .errors import DivergedError
 from .settings import Local
+
+Objective = Callable[[Any, Batch, torch.device], torch.Tensor]  # (model, batch, device) -> loss summed over batch.units
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ def learning_rate(local: Local, step: int, total: int) -> float:
     return local.lr * (local.lr_floor + (1 - local.lr_floor) * left) if local.schedule != "constant" else local.lr
 
 
+def summed_loss(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
+    """The summed loss of the task itself."""
+    return sums(model, batch, device)[0]
+
+
 def train(
     model: Any,
     rows: Rows,
@@ -63,12 +70,15 @@ def train(
     pad_id: int,
     classifier: bool = False,
     on_step: Callable[[int, int, float, int], None] = lambda *_: None,
+    objective: Objective = summed_loss,
+    penalty: Callable[[], torch.Tensor] | None = None,
 ) -> Trained:
     """Trains the parameters of `model` that require gradients for one round; AdamW starts fresh every round.
 
     The gradient of a step is that of the mean over all its loss terms, however `accumulate` and a process group split
     the batch; tokens and loss are those of the whole batch on every process.
-    on_step(step, steps, loss, tokens) is called after every step. Raises DivergedError on a loss or gradient that is
+    penalty: added to that mean, its gradient too, but not to the losses that are told. on_step(step, steps, loss,
+    tokens) is called after every step. Raises DivergedError on a loss or gradient that is
     not finite.
     """
     steps = steps_of(local, len(rows))
@@ -92,9 +102,11 @@ def train(
             loss = 0.0
             for batch in batches:
                 with autocast(device, local.precision):
-                    summed = sums(model, batch, device)[0]
+                    summed = objective(model, batch, device)
                 (summed / terms).backward()
                 loss += float(summed.detach()) / terms
+            if penalty is not None:
+                (penalty() / ranks).backward()  # the group sums it up again
             if ranks > 1:
                 (loss,) = summed_over_group(device, loss)
                 sum_gradients(weights)

@@ -6,7 +6,8 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
+    from fedbiot_made import Here
     from runs import Started
 
 DEFAULTS = {
@@ -56,11 +58,20 @@ WORDS = [
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 2 layers and width 32 with a word tokenizer, in plain Hugging Face layout."""
+    return make_model(tmp_path_factory.mktemp("model"), 2)
+
+
+@pytest.fixture(scope="session")
+def deep_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 8 layers."""
+    return make_model(tmp_path_factory.mktemp("deep"), 8)
+
+
+def make_model(folder: Path, layers: int) -> Path:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model")
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", *WORDS])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -68,8 +79,8 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        tie_word_embeddings=True, pad_token_id=1, eos_token_id=2,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
+        num_attention_heads=2, tie_word_embeddings=True, pad_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -80,13 +91,25 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """{edge}.jsonl for edges a, b, c: prompts of three words, answered by a rule that a tiny model can learn."""
     folder = tmp_path_factory.mktemp("data")
     for edge, seed in (("a", 0), ("b", 1), ("c", 2)):
-        draw = random.Random(seed)
-        rows = []
-        for _ in range(40 + 20 * seed):
-            words = draw.choices(WORDS, k=3)
-            rows.append({"question": " ".join(words), "answer": words[0], "kind": "xyz"[draw.randrange(3)]})
-        (folder / f"{edge}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(folder / f"{edge}.jsonl", seed)
     return folder
+
+
+@pytest.fixture(scope="session")
+def public_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of the server, of the same kind."""
+    file = tmp_path_factory.mktemp("public") / "public.jsonl"
+    write_rows(file, 3)
+    return file
+
+
+def write_rows(file: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(40 + 20 * seed):
+        words = draw.choices(WORDS, k=3)
+        rows.append({"question": " ".join(words), "answer": words[0], "kind": "xyz"[draw.randrange(3)]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture
@@ -95,6 +118,22 @@ def run_file(tmp_path: Path, model_dir: Path, data_dir: Path) -> Path:
     from runs import tiny_run
 
     return tiny_run(tmp_path, model_dir, data_dir)
+
+
+@pytest.fixture
+def needs(deep_dir: Path, public_file: Path) -> list[str]:
+    """What `fedbiot` needs beside `run_file`."""
+    from runs import emulated
+
+    return emulated(deep_dir, public_file)
+
+
+@pytest.fixture
+def fedbiot(run_file: Path, needs: list[str]) -> "Callable[..., Here]":
+    """Makes a run of `fedbiot` with changed settings."""
+    from fedbiot_made import opened
+
+    return partial(opened, run_file, needs)
 
 
 @pytest.fixture

@@ -45,6 +45,15 @@ local: {{steps: 4, batch: 4, lr: 0.01}}
     return path
 
 
+def emulated(deep_dir: Path, public_file: Path) -> list[str]:
+    """What `fedbiot` needs beside tiny.yaml: a deeper model, and rows of the server's own."""
+    rows = f'{{source: "{public_file}", prompt: "{{question}}", response: "{{answer}}", max_length: 16}}'
+    return [
+        "method={name: fedbiot, a: 2, beta: 0.2, rank: 4, alpha: 8, prealign_steps: 6, align_steps: 2, align_batch: 4}",
+        f"model.name={deep_dir}", f"server.data={rows}",
+    ]  # fmt: skip
+
+
 def held_run(folder: Path, model_dir: Path, data_dir: Path, rounds: int) -> Path:
     """The same with more rounds and a method that can be held in the middle of a round, as `Started` does."""
     path = tiny_run(folder, model_dir, data_dir)

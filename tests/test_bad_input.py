@@ -142,7 +142,7 @@ def test_no_run_file(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_pat
         # models
         ("model.name=nobody/nothing", "model.name: cannot load 'nobody/nothing': ... HF_HUB_OFFLINE is set: give"),
         ("model.name=/nowhere/model", "model.name: cannot load '/nowhere/model': ... there is no such folder"),
-        ("model.name=builtin:huge-llama", "no built-in model 'huge-llama'; known: tiny-llama"),
+        ("model.name=builtin:huge-llama", "no built-in model 'huge-llama'; known: tiny-llama, deep-llama"),
         ("model.name=package:nobody/x", "model.name: package nobody is not installed; pip install it"),
         ("model.name=package:yaml/x", "model.name: no folder 'x' in package yaml at "),
         ("model.device=warp", "edge a: model.device: 'warp' is no device; use auto, cpu, cuda or cuda:N"),

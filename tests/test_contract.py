@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import fleet_of, load, tiny_run
+from runs import emulated, fleet_of, load, tiny_run
 
 from fedpipe_ray.fleet import Fleet
 from fedpipe_ray.loop import Start, federate, sample
 from fedpipe_ray.methods import METHODS, make_method
+from fedpipe_ray.methods.base import shown
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
@@ -23,10 +24,12 @@ FLEETS = ["serial", "packed"]  # test_parity.py has actors of their own, too
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
 def run(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path
-) -> Run:
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path,
+    deep_dir: Path, public_file: Path,
+) -> Run:  # fmt: skip
     path = tiny_run(tmp_path_factory.mktemp("contract"), model_dir, data_dir)
-    return load(path, f"method={{name: {request.param}}}")
+    needs = {"fedbiot": emulated(deep_dir, public_file)}
+    return load(path, *needs.get(request.param, [f"method={{name: {request.param}}}"]))
 
 
 @pytest.fixture(scope="module", params=FLEETS)
@@ -43,7 +46,8 @@ def test_state_improves_counts_and_survives_a_missing_edge(run: Run, fleet: Flee
     method = make_method(run.method)
     server = server_site(run, method, [])
     state = method.start(server, rng_for(run.seed, 0, "start"))
-    before = {name: metrics["loss"] for name, metrics in fleet.evaluate(None, "test").items()}
+    base = fleet.evaluate(shown(method, None, server), "test")
+    before = {name: metrics["loss"] for name, metrics in base.items() if not isinstance(metrics, Lost)}
     orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
     assert list(orders) == list(fleet.edges)
     reports = list(fleet.run(orders, 0))
@@ -57,7 +61,7 @@ def test_state_improves_counts_and_survives_a_missing_edge(run: Run, fleet: Flee
     assert after.tensors.keys() == state.tensors.keys()
     assert any(not torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
     *_, last = federate(method, fleet, server, rounds=3, seed=run.seed, start=Start(after, 1))
-    quality = fleet.evaluate(last.state, "test")
+    quality = fleet.evaluate(shown(method, last.state, server), "test")
     assert sum(quality[name]["loss"] - before[name] for name in before) < 0
 
 

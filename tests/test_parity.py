@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import fleet_of, load
+from runs import emulated, fleet_of, load
 
 from fedpipe_ray.loop import Round, federate
 from fedpipe_ray.methods import make_method
@@ -69,6 +69,16 @@ def test_serial_and_ray_agree_bitwise(
     serial = rounds_of("serial", run_file, *overrides)
     for kind in kinds:
         assert_alike(serial, rounds_of(kind, run_file, *overrides))
+
+
+def test_edges_with_an_emulator_agree_bitwise(
+    run_file: Path, ray_here: None, deep_dir: Path, public_file: Path
+) -> None:
+    """What they hold is in the object store: the same model, the same bytes, with every edge asked or not."""
+    needs = [*emulated(deep_dir, public_file), "method.dropout=0.1", "fleet.fraction=0.67", "wire.dtype=bfloat16"]
+    serial = rounds_of("serial", run_file, *needs, "rounds=3")
+    for kind in ("ray", "packed"):
+        assert_alike(serial, rounds_of(kind, run_file, *needs, "rounds=3"))
 
 
 def assert_alike(serial: list[Round], on_ray: list[Round]) -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
+    "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
     "full": "fedpipe_ray.methods.full:Full",

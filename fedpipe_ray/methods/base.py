@@ -122,13 +122,14 @@ class FullWeights:
 class Method(Protocol):
     """A frozen dataclass whose fields are its hyperparameters. The same object stands on the driver and on every edge.
 
-    base: what an edge holds of the model: `shared` = the frozen base; `none` = neither model nor data. asynchronous:
-    whether updates that started from older states can be used (fleet.mode: buffered). It promises that an order is the
-    state and depends on nothing else but the edge, that an update has the tensors of the state, and that `aggregate`
-    moves with its arguments: aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does.
+    base: what an edge holds of the model: `shared` = the frozen base; `sent` = what its orders bring (see Sending);
+    `none` = neither model nor data. asynchronous: whether updates that started from older states can be used
+    (fleet.mode: buffered). It promises that an order is the state and depends on nothing else but the edge, that an
+    update has the tensors of the state, and that `aggregate` moves with its arguments:
+    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does.
     """
 
-    base: ClassVar[Literal["shared", "none"]]
+    base: ClassVar[Literal["shared", "sent", "none"]]
     asynchronous: ClassVar[bool] = False
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
@@ -152,6 +153,25 @@ class Method(Protocol):
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """Named views of the state for this site; the first is evaluated as the result and exported."""
+
+
+class Sending(Method, Protocol):
+    """A method with base = `sent`: an edge never sees the whole model, and builds its own from its order.
+
+    From the driver it has the configuration and the tokenizer. On an edge `weights` is given what `show` made.
+    """
+
+    def reshape(self, model: Any, order: Message) -> None:
+        """Makes the architecture, on the meta device, that of the edge's model: its parameters are the kept tensors."""
+
+    def show(self, state: Message | None, server: Site) -> Message:
+        """What an edge needs to evaluate a state: kept tensors, and what `weights` reads; None: the kept ones alone."""
+
+
+def shown(method: Method, state: Message | None, server: Site) -> Message | None:
+    """What edges evaluate a state by: itself; of a method with base = `sent`, what it shows of it."""
+    sending: Any = method
+    return sending.show(state, server) if method.base == "sent" else state
 
 
 def arrivals(
@@ -250,7 +270,7 @@ class LoraMethod(Section):
     targets: str | list[str] = "all-linear"
     dropout: float = 0.0
 
-    base: ClassVar[Literal["shared", "none"]] = "shared"
+    base: ClassVar[Literal["shared", "sent", "none"]] = "shared"
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"method.rank: {self.rank} must be at least 1")
