@@ -2,10 +2,12 @@
 
     python -m benchmarks.fleet_memory [node] [flat]
 
-node: 1, 2 and 4 edges with a Llama of 0.86M and one of 59M parameters, shipped by the driver, after a round of LoRA.
-Memory is the proportional set size of the driver and all processes under it, Ray's own included, so that what they
-share counts once; `a further edge` is what each edge beyond the first added, `its process` what it adds with a model of
-no size (a method without one), and `its share` the difference: to be small beside the base.
+node: 1, 2 and 4 edges with a Llama of 0.86M and one of 59M parameters, shipped by the driver, when all are ready and
+after a round of LoRA. Memory is the proportional set size of the driver and all processes under it, Ray's own included,
+so that what they share counts once; `a further edge` is what each edge beyond the first added, `its process` what it
+adds with a model of no size (a method without one), and `its share` the difference, when ready: to be small beside the
+base. `after a round` has the gradients, moments and activations of its training on top, as far as its
+process keeps them.
 
 flat: 4 edges, 100 rounds of LoRA on the small one, on Ray and packed on two workers. Private memory of the driver and
 of the largest worker after 10, 55 and 100 rounds, and processes and files left when all is over.
@@ -66,7 +68,7 @@ def settings(folder: Path, model: str, edges: int, rounds: int, **fleet: Any) ->
 
 
 def measure(tree: dict[str, Any]) -> dict[str, Any]:
-    """Runs it. Bytes of the whole family at the end, base bytes, and by round those of driver and largest worker."""
+    """Runs it. Bytes of the whole family when ready and at the end, and by round those of driver and largest worker."""
     from actors.connect import connect, set_environment
 
     set_environment(None)
@@ -83,6 +85,7 @@ def measure(tree: dict[str, Any]) -> dict[str, Any]:
     method = make_method(run.method)
     fleet = RayFleet(run, method)
     fleet.open()
+    ready = sum(memory(process, "pss") for process in family())
     server, looks = server_site(run, method, []), []
     for done in federate(method, fleet, server, rounds=run.rounds, seed=0, evaluate_every=0):
         assert len(done.reports) == len(fleet.edges)
@@ -95,7 +98,7 @@ def measure(tree: dict[str, Any]) -> dict[str, Any]:
 
     ray.shutdown()
     psutil.wait_procs(psutil.Process().children(recursive=True), timeout=30)
-    return {"total": total, "looks": looks, "left": len(psutil.Process().children(recursive=True))}
+    return {"ready": ready, "total": total, "looks": looks, "left": len(psutil.Process().children(recursive=True))}
 
 
 def in_process(tree: dict[str, Any]) -> dict[str, Any]:
@@ -108,18 +111,19 @@ def in_process(tree: dict[str, Any]) -> dict[str, Any]:
 def node(folder: Path) -> None:
     """The first table."""
     rows = []
-    empty = {edges: in_process(settings(folder, "", edges, 1))["total"] for edges in EDGES}
+    empty = {edges: in_process(settings(folder, "", edges, 1))["ready"] for edges in EDGES}
     process = (empty[EDGES[-1]] - empty[1]) / (EDGES[-1] - 1)
     for model in ("model", "large"):
         base = sum(file.stat().st_size for file in (folder / model).glob("*.safetensors"))
-        total = {edges: in_process(settings(folder, model, edges, 1))["total"] for edges in EDGES}
+        found = {edges: in_process(settings(folder, model, edges, 1)) for edges in EDGES}
         for edges in EDGES:
-            further = (total[edges] - total[1]) / (edges - 1) if edges > 1 else None
+            ready, total = ((found[edges][when] - found[1][when]) / max(1, edges - 1) for when in ("ready", "total"))
             rows.append({
-                "model MiB": base / 2**20, "edges": edges, "all processes MiB": total[edges] / 2**20,
-                "a further edge MiB": "-" if further is None else further / 2**20,
-                "its process MiB": "-" if further is None else process / 2**20,
-                "its share MiB": "-" if further is None else (further - process) / 2**20,
+                "model MiB": base / 2**20, "edges": edges, "all processes MiB": found[edges]["ready"] / 2**20,
+                "a further edge MiB": ready / 2**20 if edges > 1 else "-",
+                "its process MiB": process / 2**20 if edges > 1 else "-",
+                "its share MiB": (ready - process) / 2**20 if edges > 1 else "-",
+                "after a round MiB": total / 2**20 if edges > 1 else "-",
             })  # fmt: skip
     publish("node_memory", "What the edges of one node hold together", rows, seed=0)
 
