@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import parse
 from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
+from .process import clean_up_on_sigterm, close_log, closing, set_up_logging
 
 if TYPE_CHECKING:
     from .display import Display
@@ -118,27 +116,6 @@ def load(config: Path, overrides: Sequence[str]) -> Run:
     return run
 
 
-def close_log() -> None:
-    """Ends this command's log handlers; a program that calls `main` keeps none of them."""
-    log = logging.getLogger("fedpipe")
-    for handler in log.handlers[:]:
-        log.removeHandler(handler)
-        handler.close()
-
-
-def set_up_logging(display: Display, file: Path | None) -> None:
-    """Warnings of the run go to the screen, everything to the run's log."""
-    close_log()
-    log = logging.getLogger("fedpipe")
-    log.setLevel(logging.INFO)
-    log.addHandler(display.handler())
-    if file is not None:
-        to_file = logging.FileHandler(file)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(to_file)
-    warnings.filterwarnings("ignore", module="peft")
-
-
 def new_folder(run: Run, options: argparse.Namespace) -> str:
     """Path or URL where a run goes: --out, the configuration's `out`, or runs/ with name and time."""
     return options.out or run.out or f"runs/{options.config.stem}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -210,21 +187,6 @@ def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
         raise
 
 
-def closing(fleet: Fleet) -> contextlib.closing[Fleet]:
-    """Ends the fleet whatever happens, also on SIGTERM before and after the rounds."""
-    clean_up_on_sigterm()
-    return contextlib.closing(fleet)
-
-
-def clean_up_on_sigterm() -> None:
-    """SIGTERM ends the program by an exception, as SIGINT does, so that nothing half-made stays."""
-
-    def stop(signum: int, _: Any) -> None:
-        raise Interrupted(signum)
-
-    signal.signal(signal.SIGTERM, stop)
-
-
 def command_evaluate(options: argparse.Namespace) -> None:
     """Base against tuned, one table."""
     from .display import Display, comparison
@@ -280,14 +242,9 @@ def command_submit(options: argparse.Namespace) -> int:
 
 def command_methods(_: argparse.Namespace) -> None:
     """The methods, their settings and defaults."""
-    from .methods import METHODS, method_class
-    from .methods.base import describe
+    from .methods import listing
 
-    for name in METHODS:
-        cls = method_class(name)
-        print(f"{name:<12}{describe(cls)}")
-        for setting in dataclasses.fields(cls):
-            print(f"    {setting.name}: {setting.default!r}")
+    print("\n".join(listing()))
 
 
 def command_check(options: argparse.Namespace) -> None:

@@ -95,8 +95,9 @@ def classes_of(run: Run, facts: Sequence[SourceFacts]) -> list[str]:
 class SerialFleet:
     """All edges in this process, one after another, on one frozen base a bit-width. As any other fleet, bit for bit."""
 
-    def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
+    def __init__(self, run: Run, method: Method, private_dir: Path | None = None, kept: Kept | None = None) -> None:
         self.run_settings = run
+        self._kept = kept
         self._bases: dict[int, Base] = {}
         self.classes: list[str] = []
         self.sites = {name: Site(name, run, method, self._load, private_dir) for name in run.fleet.edges}

@@ -175,19 +175,7 @@ class Experiment:
 
     def rounds(self) -> Iterator[Round]:
         """The rounds that are left, as they are done."""
-        run, fleet = self.run, self.run.fleet
-        every = 0 if self.method.base == "none" else run.evaluate.every
-        if fleet.mode == "buffered" and fleet.buffer is not None:
-            return federate_buffered(
-                self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, buffer=fleet.buffer,
-                concurrency=fleet.concurrency, max_staleness=fleet.max_staleness, evaluate_every=every,
-                start=self.point.start,
-            )  # fmt: skip
-        return federate(
-            self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, fraction=fleet.fraction,
-            over_select=fleet.over_select, deadline_seconds=fleet.deadline_seconds, evaluate_every=every,
-            start=self.point.start,
-        )  # fmt: skip
+        return rounds_of(self.run, self.method, self.fleet, self.server, self.point.start)
 
     def keep(self, done: Round) -> None:
         """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
@@ -227,6 +215,22 @@ class Experiment:
         }
         self.folder.write_summary(summary)
         return {**summary, "export": hint}
+
+
+def rounds_of(
+    run: Run, method: Method, fleet: Fleet, server: Site, start: Start | None = None
+) -> Iterator[Round]:
+    """The rounds of a run on an open fleet, from `start` or its beginning, as they are done."""
+    settings, every = run.fleet, 0 if method.base == "none" else run.evaluate.every
+    if settings.mode == "buffered" and settings.buffer is not None:
+        return federate_buffered(
+            method, fleet, server, rounds=run.rounds, seed=run.seed, buffer=settings.buffer,
+            concurrency=settings.concurrency, max_staleness=settings.max_staleness, evaluate_every=every, start=start,
+        )  # fmt: skip
+    return federate(
+        method, fleet, server, rounds=run.rounds, seed=run.seed, fraction=settings.fraction,
+        over_select=settings.over_select, deadline_seconds=settings.deadline_seconds, evaluate_every=every, start=start,
+    )  # fmt: skip
 
 
 def warn_of(outcomes: Iterable[Report | Lost], round: int) -> None:
