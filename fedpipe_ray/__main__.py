@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .methods.base import Method
     from .run import Experiment
     from .settings import Run
+    from .trial import Executor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
@@ -102,6 +104,17 @@ def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
     from .fleet import SerialFleet
 
     return SerialFleet(run, method, private_dir.resolve())
+
+
+def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
+    """Ray workers for the trials of a search that starts from `run`, or this process."""
+    if run.fleet.ray:
+        from actors.pool import TrialPool
+
+        return TrialPool(run, parallel, own_fleet)
+    from .trial import SerialExecutor
+
+    return SerialExecutor()
 
 
 def load(config: Path, overrides: Sequence[str]) -> Run:
@@ -292,7 +305,36 @@ def command_plan(options: argparse.Namespace) -> None:
     display.note(f"wrote {options.out}")
 
 
+def command_tune(options: argparse.Namespace) -> None:
+    """A campaign of trials, new or from where it was left."""
+    from tuning.plan import load_plan
+
+    plan = load_plan(options.config, options.overrides, load)
+    run, settings = plan.base, plan.settings
+    if not run.fleet.ray and (settings.parallel > 1 or settings.fleet == "own"):
+        raise UserError(f"parallel: {settings.parallel}, fleet: {settings.fleet}: only on Ray; set fleet.ray: true")
+    from .display import Display
+
+    display = Display(run.track.display)
+    set_up_logging(display, None)
+    clean_up_on_sigterm()
+    make = partial(make_executor, run, settings.parallel, settings.fleet == "own")
+    out = options.out or Path("runs") / plan.name
+    try:
+        with starting_ray(run):
+            from tuning.tune import carry_out
+
+            from .run import pretrain
+
+            pretrain(run, display)
+            carry_out(plan, out, make, display)
+    except (Interrupted, KeyboardInterrupt):
+        display.note(f"stopped; the same command goes on from {out}")
+        raise
+
+
 COMMANDS = {
+    "tune": command_tune,
     "plan": command_plan,
     "run": command_run,
     "resume": command_resume,
