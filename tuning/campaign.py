@@ -157,7 +157,12 @@ class Driver:
         lines = "".join(json.dumps(record) + "\n" for record in one.records)
         write_atomically(self._rounds_of(number), lines)
         figures = {name: metric(name, one.records) for name in ("loss", "virtual_seconds", "bytes")} if lines else {}
-        facts = {**figures, "rounds": len(one.records), "seconds": time.monotonic() - one.began, "tries": one.tries + 1}
+        facts: dict[str, Any] = {
+            **figures,
+            "rounds": len(one.records),
+            "seconds": time.monotonic() - one.began,
+            "tries": one.tries + 1,
+        }
         values, excess = self.plan.values(one.records), [limit.excess(one.records) for limit in self.plan.limits]
         if decided == "worst":
             values, excess = [worst_of(way) for way in self.plan.ways], [found or 0.0 for found in excess]

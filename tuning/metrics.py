@@ -116,20 +116,20 @@ def worst_of(way: str) -> float:
 def _figure(objective: Objective, records: Sequence[Record]) -> float | None:
     if objective.over == "all":
         return metric(objective.metric, records)
-    newest = next((r["eval"]["edges"] for r in reversed(records) if r["eval"]["edges"]), {})
+    newest: Mapping[str, Any] = next((r["eval"]["edges"] for r in reversed(records) if r["eval"]["edges"]), {})
     own = [edge[objective.metric] for edge in newest.values() if objective.metric in edge]
-    own = [math.inf if value is None else value for value in own]
+    own = [math.inf if value is None else float(value) for value in own]
     if not own:
         return None
-    worst = max(own) if objective.way == "minimize" else min(own)
+    worst: float = max(own) if objective.way == "minimize" else min(own)
     return worst if objective.over == "worst" else abs(worst - sum(own) / len(own))
 
 
-def _inside(budget: Mapping[str, float], records: Sequence[Record]) -> bool:
+def _inside(budget: Mapping[str, Any], records: Sequence[Record]) -> bool:
     return all((metric(name, records) or 0.0) <= most for name, most in budget.items())
 
 
-def _reached(targets: Mapping[str, float], records: Sequence[Record]) -> bool:
+def _reached(targets: Mapping[str, Any], records: Sequence[Record]) -> bool:
     for name, target in targets.items():
         value = metric(name, records)
         higher = QUALITY["causal"].get(name, QUALITY["classification"].get(name)) == "maximize"

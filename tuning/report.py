@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+import importlib.util
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,7 @@ def write_report(
     path: Path, study: optuna.Study, objectives: Sequence[str], lines: Sequence[str], dashboard: str
 ) -> bool:
     """Writes the page; False, with a line in the log, where plotly is not installed."""
-    try:
-        import plotly  # noqa: F401 (Optuna's plots need it)
-    except ImportError:
+    if importlib.util.find_spec("plotly") is None:
         log.warning("no report.html: plotly is not installed; pip install 'fedpipe-ray[tune]'")
         return False
     parts = [f"<pre>{html.escape(line)}</pre>" for line in lines]
@@ -61,7 +61,7 @@ def _plots(study: optuna.Study, objectives: Sequence[str]) -> list[tuple[str, Ca
             ("history", plots.plot_optimization_history), ("importances", plots.plot_param_importances),
             ("parallel coordinates", plots.plot_parallel_coordinate),
         ):  # fmt: skip
-            found.append((f"{name}: {title}", lambda plot=plot, chosen=chosen: plot(study, **chosen)))
+            found.append((f"{name}: {title}", partial(plot, study, **chosen)))
     if len(objectives) == 1:
         found.append((f"{objectives[0]}: by round", lambda: plots.plot_intermediate_values(study)))
     return found

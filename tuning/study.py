@@ -24,6 +24,7 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from fedpipe_ray.errors import UserError
@@ -63,6 +64,14 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         ) from None
 
 
+def close_storage(study: optuna.Study) -> None:
+    """Lets a database's connections go; the study may still be used, and opens new ones."""
+    storage = getattr(study._storage, "_backend", study._storage)  # behind the cache that Optuna puts before a database
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
 def hidden(url: str) -> str:
     """A URL without its password."""
     scheme, separator, rest = url.rpartition("://")
@@ -92,7 +101,12 @@ def open_study(
     """
     try:
         study = optuna.create_study(
-            storage=storage, study_name=name, directions=list(ways), sampler=sampler, pruner=pruner, load_if_exists=True
+            storage=storage,
+            study_name=name,
+            directions=[StudyDirection[way.upper()] for way in ways],
+            sampler=sampler,
+            pruner=pruner,
+            load_if_exists=True,
         )
         theirs, mine = study.user_attrs.get(OWNER), json.loads(json.dumps(owner))
         if theirs is None and not study.trials and [d.name.lower() for d in study.directions] == list(ways):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import optuna
@@ -18,7 +18,7 @@ from fedpipe_ray.trial import Executor
 from .campaign import Driver, results
 from .plan import Plan
 from .report import write_report
-from .study import enqueue, hidden, open_storage, open_study, pruner_of, sampler_of
+from .study import close_storage, enqueue, hidden, open_storage, open_study, pruner_of, sampler_of
 from .watch import Watch, counts_in_words
 
 
@@ -59,8 +59,9 @@ def study_of(plan: Plan, folder: Path) -> optuna.Study:
 
 def carry_out(plan: Plan, folder: Path, make_executor: Callable[[], Executor], display: Display) -> optuna.Study:
     """Runs what is left of a campaign and writes its results. Raises UserError, also where no trial is feasible."""
-    with locked(folder):
+    with locked(folder), ExitStack() as stack:
         study = study_of(plan, folder)
+        stack.callback(close_storage, study)
         enqueue(study, plan.space, plan.settings.enqueue)  # its faults before a worker starts
         watch = Watch(plan, study, display)
         with closing(make_executor()) as executor, watch.showing():
