@@ -46,6 +46,11 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
+    tune = commands.add_parser("tune", help="search run settings: many trials, the best as a run file")
+    tune.add_argument("config", type=Path, metavar="CAMPAIGN", help="a campaign file")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="of the campaign, such as trials=50")
+    tune.add_argument("--out", type=on_disk, metavar="DIR", help="its folder; goes on there (default: runs/NAME)")
+
     submit = commands.add_parser("submit", parents=[run_file], help="run a configuration as a job of a Ray cluster")
     submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
     submit.add_argument("--out", metavar="DIR|URL", help="run folder, as the head of the cluster sees it")
