@@ -22,6 +22,7 @@ from runs import ROOT, command, env, here, load
 from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.fleet import Kept, SerialFleet
+from fedpipe_ray.methods import make_method
 from fedpipe_ray.settings import Run
 from fedpipe_ray.trial import Event, SerialExecutor, records_of
 from tuning.campaign import verdict
@@ -189,7 +190,8 @@ def test_what_ran_before_in_a_process_changes_no_bit(run_file: Path) -> None:
 
     assert [losses(run, kept) for run in runs] == [losses(run, None) for run in runs]
     assert set(kept.data) == {"a", "b", "c"}
-    kept.fit(load(run_file, "seed=1"))
+    other = load(run_file, "seed=1")
+    kept.fit(other, make_method(other.method))
     assert not kept.data
 
 
