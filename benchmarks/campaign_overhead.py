@@ -88,14 +88,14 @@ def pruning(small: bool) -> None:
     rows, curves = [], {}  # type: ignore[var-annotated]
     for seed in (0, 1, 2):
         row: dict[str, Any] = {"seed": seed}
-        for pruner in ("none", "halving"):
+        for pruner in ("none", "hyperband"):
             plan = plan_of(small, pruner=pruner, seed=seed, parallel=1)
             with tempfile.TemporaryDirectory() as folder:
                 study = carry_out(plan, Path(folder), lambda: Remembered(curves), Display("none"))
                 trials = study.get_trials()
             spent, _ = rounds_spent(trials, plan.base.rounds)
             row |= {f"{pruner}: rounds": spent, f"{pruner}: best loss": best_of(trials, plan.ways)[0].values[0]}
-        row["spared"] = 1 - row["halving: rounds"] / row["none: rounds"]
+        row["spared"] = 1 - row["hyperband: rounds"] / row["none: rounds"]
         rows.append(row)
         print(row, flush=True)
     publish("campaign_pruning", "What does pruning spare, and what does it cost?", rows, small=small)

@@ -11,21 +11,18 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .arguments import parse
-from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
-from .process import clean_up_on_sigterm, close_log, closing, set_up_logging
+from .errors import AllEdgesLost, Interrupted, UserError
+from .process import REPOSITORY, clean_up_on_sigterm, close_log, closing, set_up_logging, siblings
 
 if TYPE_CHECKING:
-    from .display import Display
     from .fleet import Fleet
     from .methods.base import Method
-    from .run import Experiment
     from .settings import Run
     from .trial import Executor
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled, and bitsandbytes would load the compiler: 1.5 s a process
@@ -60,21 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     finally:
         close_log()
-
-
-def siblings() -> None:
-    """Raises UserError if another package stands in the way of actors, tuning or clusters."""
-    if str(REPOSITORY) not in sys.path:
-        sys.path.insert(0, str(REPOSITORY))
-    import importlib.util
-
-    for name in ("actors", "tuning", "clusters"):
-        found = importlib.util.find_spec(name)
-        place = Path(found.origin).parent if found is not None and found.origin else None
-        if place != REPOSITORY / name:
-            raise UserError(
-                f"package {name!r} comes from {place}, not from {REPOSITORY}; remove that one from the path"
-            )
 
 
 def starting_ray(run: Run) -> contextlib.AbstractContextManager[None]:
@@ -145,7 +127,7 @@ def command_run(options: argparse.Namespace) -> None:
     with starting_ray(run):
         from .config import training_hash
         from .record import RunFolder
-        from .run import Experiment, settled
+        from .run import Experiment, go_on, settled
 
         RunFolder.check_free(place)
         run, method = settled(run)
@@ -169,7 +151,7 @@ def command_resume(options: argparse.Namespace) -> None:
     """A run goes on from its last checkpoint."""
     from .display import Display
     from .record import RunFolder, environment_changes
-    from .run import Experiment, extended, preflight
+    from .run import Experiment, extended, go_on, preflight
 
     with contextlib.closing(RunFolder.open(options.folder)) as folder:
         run = folder.run(options.overrides)
@@ -188,16 +170,6 @@ def command_resume(options: argparse.Namespace) -> None:
             folder.rewrite_config(run)
             summary = go_on(experiment, display)
     display.finish(summary, folder.name)
-
-
-def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
-    """The rounds that are left; says how to resume when they are stopped."""
-    try:
-        return dict(experiment.finish())
-    except (Interrupted, AllEdgesLost, EdgeError, KeyboardInterrupt):
-        place = experiment.folder.name
-        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {place}")
-        raise
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
@@ -305,6 +277,23 @@ def command_plan(options: argparse.Namespace) -> None:
     display.note(f"wrote {options.out}")
 
 
+def command_allocate(options: argparse.Namespace) -> None:
+    """Searches what each class of edges is given, under budgets."""
+    own = {"name": "fedpipe", "deadline_seconds": options.latency}
+    run = load(options.config, [*options.overrides, *(f"method.{key}={value}" for key, value in own.items())])
+    from .display import Display
+
+    display = Display(run.track.display)
+    set_up_logging(display, None)
+    clean_up_on_sigterm()
+    from tuning.allocation import allocate
+
+    out = options.out or Path("runs") / f"allocate-{options.config.stem}"
+    with starting_ray(run):
+        measure = partial(make_executor, run, 1, False)
+        allocate(run, options, out, make_fleet, measure, display)
+
+
 def command_tune(options: argparse.Namespace) -> None:
     """A campaign of trials, new or from where it was left."""
     from tuning.plan import load_plan
@@ -334,6 +323,7 @@ def command_tune(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
+    "allocate": command_allocate,
     "tune": command_tune,
     "plan": command_plan,
     "run": command_run,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import Interrupted
+from .errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from .display import Display
     from .fleet import Fleet
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def close_log() -> None:
@@ -50,3 +54,16 @@ def clean_up_on_sigterm() -> None:
         raise Interrupted(signum)
 
     signal.signal(signal.SIGTERM, stop)
+
+
+def siblings() -> None:
+    """Raises UserError if another package stands in the way of actors, tuning or clusters."""
+    if str(REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(REPOSITORY))
+    for name in ("actors", "tuning", "clusters"):
+        found = importlib.util.find_spec(name)
+        place = Path(found.origin).parent if found is not None and found.origin else None
+        if place != REPOSITORY / name:
+            raise UserError(
+                f"package {name!r} comes from {place}, not from {REPOSITORY}; remove that one from the path"
+            )

@@ -244,6 +244,16 @@ def rounds_of(run: Run, method: Method, fleet: Fleet, server: Site, start: Start
     )  # fmt: skip
 
 
+def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
+    """The rounds that are left; says how to resume when they are stopped."""
+    try:
+        return dict(experiment.finish())
+    except (Interrupted, AllEdgesLost, EdgeError, KeyboardInterrupt):
+        place = experiment.folder.name
+        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {place}")
+        raise
+
+
 def warn_of(outcomes: Iterable[Report | Lost], round: int) -> None:
     """Says which edges were lost in a round (from 0), each with its own traceback where there is one.
 

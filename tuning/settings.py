@@ -38,7 +38,7 @@ class Campaign(Section):
     -> {low, high, step or log} or a list of choices. objectives: name -> minimize, maximize, or the keys of an
     Objective; the name is the metric unless those say another. constraints: metric -> at most, or {at_least: value}.
 
-    pruner: by default `halving` where there is one objective, and none where there are several. parallel: trials at
+    pruner: by default `hyperband` where there is one objective, and none where there are several. parallel: trials at
     once; fleet: `shared` = each in one warm worker that plays all edges, `own` = each with Ray actors for its edges.
     retries: how often a trial is tried again whose worker died. enqueue: points to try first; keys left out are drawn.
     storage: URL of a PostgreSQL or MySQL database (default: a journal file in the campaign's folder).
@@ -76,4 +76,4 @@ class Campaign(Section):
     @property
     def pruner_name(self) -> str:
         """The pruner in use."""
-        return self.pruner or ("none" if len(self.objectives) > 1 else "halving")
+        return self.pruner or ("none" if len(self.objectives) > 1 else "hyperband")
