@@ -12,6 +12,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -128,13 +129,17 @@ def front(found: Search) -> list[Candidate]:
     for cost in ("seconds", "memory_bytes", "bytes_round"):
         seen = np.quantile([getattr(outcome, cost) for outcome in every], np.linspace(0.02, 0.9, BUDGETS))
         for level in seen.tolist():
-            candidates.append(found.candidate(lambda outcome, cost=cost, level=level: getattr(outcome, cost) <= level))
+            candidates.append(found.candidate(partial(_within, cost, level)))
     points: dict[tuple[float, ...], Candidate] = {}
     for one in candidates:
         if one is not None:
             points.setdefault(_costs(one.outcome), one)
     best = [one for one in points if not any(other != one and _covers(other, one) for other in points)]
     return [points[one] for one in sorted(best)][:PLACES]
+
+
+def _within(cost: str, level: float, outcome: Outcome) -> bool:
+    return bool(getattr(outcome, cost) <= level)
 
 
 def _costs(outcome: Outcome) -> tuple[float, ...]:
