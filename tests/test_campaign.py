@@ -19,6 +19,8 @@ import yaml
 from optuna.trial import TrialState
 from runs import ROOT, command, env, here, load
 
+from clusters import find_profiles
+from fedpipe_ray.config import load_run
 from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.fleet import Kept, SerialFleet
@@ -179,6 +181,13 @@ def test_a_campaign_ends_with_a_run_file(run_file: Path, tmp_path: Path) -> None
     page = (out / "report.html").read_text()
     for word in ("loss: history", "loss: parallel coordinates", "optuna-dashboard"):
         assert word in page
+
+
+def test_the_example_loads() -> None:
+    example = ROOT / "examples" / "campaign.yaml"
+    plan = load_plan(example, [], lambda path, overrides: load_run(path, list(overrides), find_profiles))
+    assert len(plan.base.fleet.edges) == 5
+    assert plan.settings.search
 
 
 def test_what_ran_before_in_a_process_changes_no_bit(run_file: Path) -> None:

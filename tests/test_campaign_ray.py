@@ -16,7 +16,7 @@ from tuning.campaign import Driver
 from tuning.plan import Plan
 from tuning.tune import carry_out, study_of
 
-pytestmark = pytest.mark.usefixtures("ray_here")
+pytestmark = [pytest.mark.usefixtures("ray_here"), pytest.mark.services]
 
 
 def pool(plan: Plan) -> TrialPool:
