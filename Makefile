@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CODE := fedpipe_ray actors tuning clusters
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-services lint format clean
+.PHONY: help install quickstart test test-services postgresql lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf,tune]'
 	@touch $@
 
 quickstart: $(VENV)/.installed ## a whole federation on this machine, in a few minutes
@@ -38,7 +38,13 @@ $(VENV)/s3-server/.installed: $(VENV)/.installed tests/s3-server.txt
 	$(VENV)/s3-server/bin/python -m pip install -r tests/s3-server.txt
 	@touch $@
 
-test-services: $(VENV)/.installed $(VENV)/s3-server/.installed ## the tests that start a cluster or another service
+# Debian's server, where we may install it; elsewhere its tests are skipped and say so.
+postgresql:
+	@ls -d /usr/lib/postgresql/*/bin >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends postgresql; } || \
+		echo "no PostgreSQL here; install Debian's package postgresql to test campaigns on it" >&2
+
+test-services: $(VENV)/.installed $(VENV)/s3-server/.installed postgresql ## the tests that start a cluster or another service
 	$(BIN)/python -m pytest tests -m services
 
 lint: $(VENV)/.installed ## ruff and mypy, changing nothing

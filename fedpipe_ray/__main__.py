@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .arguments import parse
-from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
+from .errors import AllEdgesLost, Interrupted, UserError
+from .process import REPOSITORY, clean_up_on_sigterm, close_log, closing, set_up_logging, siblings
 
 if TYPE_CHECKING:
-    from .display import Display
     from .fleet import Fleet
     from .methods.base import Method
-    from .run import Experiment
     from .settings import Run
+    from .trial import Executor
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",  # nothing is compiled, and bitsandbytes would load the compiler: 1.5 s a process
@@ -62,21 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         close_log()
 
 
-def siblings() -> None:
-    """Raises UserError if another package stands in the way of actors, tuning or clusters."""
-    if str(REPOSITORY) not in sys.path:
-        sys.path.insert(0, str(REPOSITORY))
-    import importlib.util
-
-    for name in ("actors", "tuning", "clusters"):
-        found = importlib.util.find_spec(name)
-        place = Path(found.origin).parent if found is not None and found.origin else None
-        if place != REPOSITORY / name:
-            raise UserError(
-                f"package {name!r} comes from {place}, not from {REPOSITORY}; remove that one from the path"
-            )
-
-
 def starting_ray(run: Run) -> contextlib.AbstractContextManager[None]:
     """Ray, if the run wants it, starts while the block imports torch and looks at the model.
 
@@ -106,6 +88,17 @@ def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
     return SerialFleet(run, method, private_dir.resolve())
 
 
+def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
+    """Ray workers for the trials of a search that starts from `run`, or this process."""
+    if run.fleet.ray:
+        from actors.pool import TrialPool
+
+        return TrialPool(run, parallel, own_fleet)
+    from .trial import SerialExecutor
+
+    return SerialExecutor()
+
+
 def load(config: Path, overrides: Sequence[str]) -> Run:
     """The resolved run of a file and its overrides. Raises UserError."""
     from clusters import find_profiles
@@ -116,27 +109,6 @@ def load(config: Path, overrides: Sequence[str]) -> Run:
     run = load_run(config, overrides, find_profiles)
     make_method(run.method)  # its faults before anything is loaded or pretrained
     return run
-
-
-def close_log() -> None:
-    """Ends this command's log handlers; a program that calls `main` keeps none of them."""
-    log = logging.getLogger("fedpipe")
-    for handler in log.handlers[:]:
-        log.removeHandler(handler)
-        handler.close()
-
-
-def set_up_logging(display: Display, file: Path | None) -> None:
-    """Warnings of the run go to the screen, everything to the run's log."""
-    close_log()
-    log = logging.getLogger("fedpipe")
-    log.setLevel(logging.INFO)
-    log.addHandler(display.handler())
-    if file is not None:
-        to_file = logging.FileHandler(file)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(to_file)
-    warnings.filterwarnings("ignore", module="peft")
 
 
 def new_folder(run: Run, options: argparse.Namespace) -> str:
@@ -155,7 +127,7 @@ def command_run(options: argparse.Namespace) -> None:
     with starting_ray(run):
         from .config import training_hash
         from .record import RunFolder
-        from .run import Experiment, settled
+        from .run import Experiment, go_on, settled
 
         RunFolder.check_free(place)
         run, method = settled(run)
@@ -179,7 +151,7 @@ def command_resume(options: argparse.Namespace) -> None:
     """A run goes on from its last checkpoint."""
     from .display import Display
     from .record import RunFolder, environment_changes
-    from .run import Experiment, extended, preflight
+    from .run import Experiment, extended, go_on, preflight
 
     with contextlib.closing(RunFolder.open(options.folder)) as folder:
         run = folder.run(options.overrides)
@@ -198,31 +170,6 @@ def command_resume(options: argparse.Namespace) -> None:
             folder.rewrite_config(run)
             summary = go_on(experiment, display)
     display.finish(summary, folder.name)
-
-
-def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
-    """The rounds that are left; says how to resume when they are stopped."""
-    try:
-        return dict(experiment.finish())
-    except (Interrupted, AllEdgesLost, EdgeError, KeyboardInterrupt):
-        place = experiment.folder.name
-        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {place}")
-        raise
-
-
-def closing(fleet: Fleet) -> contextlib.closing[Fleet]:
-    """Ends the fleet whatever happens, also on SIGTERM before and after the rounds."""
-    clean_up_on_sigterm()
-    return contextlib.closing(fleet)
-
-
-def clean_up_on_sigterm() -> None:
-    """SIGTERM ends the program by an exception, as SIGINT does, so that nothing half-made stays."""
-
-    def stop(signum: int, _: Any) -> None:
-        raise Interrupted(signum)
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
@@ -280,14 +227,9 @@ def command_submit(options: argparse.Namespace) -> int:
 
 def command_methods(_: argparse.Namespace) -> None:
     """The methods, their settings and defaults."""
-    from .methods import METHODS, method_class
-    from .methods.base import describe
+    from .methods import listing
 
-    for name in METHODS:
-        cls = method_class(name)
-        print(f"{name:<12}{describe(cls)}")
-        for setting in dataclasses.fields(cls):
-            print(f"    {setting.name}: {setting.default!r}")
+    print("\n".join(listing()))
 
 
 def command_check(options: argparse.Namespace) -> None:
@@ -335,7 +277,54 @@ def command_plan(options: argparse.Namespace) -> None:
     display.note(f"wrote {options.out}")
 
 
+def command_allocate(options: argparse.Namespace) -> None:
+    """Searches what each class of edges is given, under budgets."""
+    own = {"name": "fedpipe", "deadline_seconds": options.latency}
+    run = load(options.config, [*options.overrides, *(f"method.{key}={value}" for key, value in own.items())])
+    from .display import Display
+
+    display = Display(run.track.display)
+    set_up_logging(display, None)
+    clean_up_on_sigterm()
+    from tuning.allocation import allocate
+
+    out = options.out or Path("runs") / f"allocate-{options.config.stem}"
+    with starting_ray(run):
+        measure = partial(make_executor, run, 1, False)
+        allocate(run, options, out, make_fleet, measure, display)
+
+
+def command_tune(options: argparse.Namespace) -> None:
+    """A campaign of trials, new or from where it was left."""
+    from tuning.plan import load_plan
+
+    plan = load_plan(options.config, options.overrides, load)
+    run, settings = plan.base, plan.settings
+    if not run.fleet.ray and (settings.parallel > 1 or settings.fleet == "own"):
+        raise UserError(f"parallel: {settings.parallel}, fleet: {settings.fleet}: only on Ray; set fleet.ray: true")
+    from .display import Display
+
+    display = Display(run.track.display)
+    set_up_logging(display, None)
+    clean_up_on_sigterm()
+    make = partial(make_executor, run, settings.parallel, settings.fleet == "own")
+    out = options.out or Path("runs") / plan.name
+    try:
+        with starting_ray(run):
+            from tuning.tune import carry_out
+
+            from .run import pretrain
+
+            pretrain(run, display)
+            carry_out(plan, out, make, display)
+    except (Interrupted, KeyboardInterrupt):
+        display.note(f"stopped; the same command goes on from {out}")
+        raise
+
+
 COMMANDS = {
+    "allocate": command_allocate,
+    "tune": command_tune,
     "plan": command_plan,
     "run": command_run,
     "resume": command_resume,

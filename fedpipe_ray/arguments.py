@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from .quantity import parse_quantity
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +50,36 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
+    tune = commands.add_parser("tune", help="search run settings: many trials, the best as a run file")
+    tune.add_argument("config", type=Path, metavar="CAMPAIGN", help="a campaign file")
+    tune.add_argument("overrides", nargs="*", metavar="key=value", help="of the campaign, such as trials=50")
+    tune.add_argument("--out", type=on_disk, metavar="DIR", help="its folder; goes on there (default: runs/NAME)")
+
+    allocate = commands.add_parser(
+        "allocate", parents=[run_file], help="search rank, bits and batch of each edge class"
+    )
+    allocate.add_argument(
+        "--latency", type=partial(quantity, "second"), required=True, metavar="T", help="of a round, 30s"
+    )
+    allocate.add_argument(
+        "--memory-from-profiles",
+        action="store_true",
+        help="keep every edge's training_memory_bytes (default: no limit)",
+    )
+    allocate.add_argument(
+        "--bytes",
+        type=partial(quantity, "byte"),
+        default=math.inf,
+        metavar="B",
+        help="an edge's in a round, up and down",
+    )
+    allocate.add_argument("--trials", type=int, default=300, metavar="N", help="of every class (default: 300)")
+    allocate.add_argument(
+        "--measure", type=int, default=0, metavar="K", help="so many of the best by costs also in short federated runs"
+    )
+    allocate.add_argument("--sampler", default="tpe", help="tpe (default), gp, nsga2, cmaes, qmc, random")
+    allocate.add_argument("--out", type=on_disk, metavar="DIR", help="default: runs/allocate-NAME")
+
     submit = commands.add_parser("submit", parents=[run_file], help="run a configuration as a job of a Ray cluster")
     submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
     submit.add_argument("--out", metavar="DIR|URL", help="run folder, as the head of the cluster sees it")
@@ -64,6 +98,14 @@ def parser() -> argparse.ArgumentParser:
         help="only whether all edges find room on the cluster of a `ray up` or KubeRay file",
     )
     return top
+
+
+def quantity(unit: str, text: str) -> float:
+    """A number with its unit, or in the base unit."""
+    try:
+        return float(text) if text.replace(".", "", 1).isdigit() else parse_quantity(text, unit)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def on_disk(text: str) -> Path:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from .data import SourceFacts
+from .config import edge_data
+from .data import EdgeData, SourceFacts
 from .errors import EdgeError, UserError
 from .evaluate import Metrics
 from .frame import frame
@@ -93,12 +94,37 @@ def classes_of(run: Run, facts: Sequence[SourceFacts]) -> list[str]:
     return sorted(found, key=int if numbers else str)
 
 
-class SerialFleet:
-    """All edges in this process, one after another, on one frozen base a bit-width. As any other fleet, bit for bit."""
+class Kept:
+    """What a fleet in this process leaves for the next one whose run has the same model, rows and seed.
 
-    def __init__(self, run: Run, method: Method, private_dir: Path | None = None) -> None:
+    bases by bits, encoded rows by edge, class names: all read-only. `fit` lets them go where the next run differs.
+    """
+
+    def __init__(self) -> None:
+        self.bases: dict[int, Base] = {}
+        self.data: dict[str, EdgeData] = {}
+        self.classes: list[str] | None = None
+        self._of: Any = None
+
+    def fit(self, run: Run, method: Method) -> Kept:
+        """This, emptied if it is of no use to `run`. A base that comes with the orders is never kept."""
+        edges = {name: edge_data(run, name, profile) for name, profile in run.fleet.edges.items()}
+        needed = (run.model, edges, run.seed)
+        if self._of != needed or method.base == "sent":
+            self._of, self.bases, self.data, self.classes = needed, {}, {}, None
+        return self
+
+
+class SerialFleet:
+    """All edges in this process, one after another, on one frozen base a bit-width. As any other fleet, bit for bit.
+
+    kept: what the fleet before left here.
+    """
+
+    def __init__(self, run: Run, method: Method, private_dir: Path | None = None, kept: Kept | None = None) -> None:
         self.run_settings, self.method = run, method
-        self._bases: dict[int, Base] = {}
+        self._kept = (kept or Kept()).fit(run, method)
+        self._bases = self._kept.bases
         self.classes: list[str] = []
         self.sites = {name: Site(name, run, method, self._load, private_dir) for name in run.fleet.edges}
 
@@ -118,11 +144,19 @@ class SerialFleet:
 
     def open(self) -> list[Ready]:
         """Preflight on every edge. Raises EdgeError."""
-        sites = self.sites.values()
-        if any(site.method.base != "none" for site in sites):
-            facts = accepted([guarded(site.name, site.inspect) for site in sites])
-            self.classes = classes_of(self.run_settings, facts)
-        return accepted([guarded(site.name, partial(site.prepare, self.classes)) for site in sites])
+        sites, kept = self.sites.values(), self._kept
+        trained = [site for site in sites if site.method.base != "none"]
+        if trained:
+            if kept.classes is None:
+                facts = accepted([guarded(site.name, site.inspect) for site in sites])
+                kept.classes = classes_of(self.run_settings, facts)
+            self.classes = kept.classes
+        for site in trained:
+            if site.name in kept.data:
+                site.__dict__["data"] = kept.data[site.name]
+        ready = accepted([guarded(site.name, partial(site.prepare, self.classes)) for site in sites])
+        kept.data.update({site.name: site.data for site in trained})
+        return ready
 
     def run(self, orders: Mapping[str, Message], round: int) -> Iterator[Report | Lost]:
         """One edge after the other; an edge starts when the report before it was taken."""

@@ -71,6 +71,14 @@ def settled(run: Run) -> tuple[Run, Method]:
     return dataclasses.replace(run, method={"name": run.method["name"], **whole}), method
 
 
+def pretrain(run: Run, display: Display) -> None:
+    """Pretrains the built-in model, if that is the run's and not in the cache."""
+    name = run.model.name
+    if name.startswith("builtin:"):
+        with display.task("pretraining the built-in model, once") as bar:
+            builtin_model(name.removeprefix("builtin:"), lambda n, steps, loss: bar(n, steps, f"loss {loss:.2f}"))
+
+
 class Experiment:
     """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next.
 
@@ -79,10 +87,8 @@ class Experiment:
 
     def __init__(self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
         self.run, self.method, self.folder, self.display = run, method, folder, display
-        name = run.model.name
-        if name.startswith("builtin:") and method.base != "none":
-            with display.task("pretraining the built-in model, once") as bar:
-                builtin_model(name.removeprefix("builtin:"), lambda n, steps, loss: bar(n, steps, f"loss {loss:.2f}"))
+        if method.base != "none":
+            pretrain(run, display)
         display.note("starting the edge servers" + (" on Ray" if run.fleet.ray else " in this process"))
         self.fleet = make_fleet(run, self.method, folder.path / "private")
         self.point = Checkpoint(Start(Message()), "", {})
@@ -182,19 +188,7 @@ class Experiment:
 
     def rounds(self) -> Iterator[Round]:
         """The rounds that are left, as they are done."""
-        run, fleet = self.run, self.run.fleet
-        every = 0 if self.method.base == "none" else run.evaluate.every
-        if fleet.mode == "buffered" and fleet.buffer is not None:
-            return federate_buffered(
-                self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, buffer=fleet.buffer,
-                concurrency=fleet.concurrency, max_staleness=fleet.max_staleness, evaluate_every=every,
-                start=self.point.start,
-            )  # fmt: skip
-        return federate(
-            self.method, self.fleet, self.server, rounds=run.rounds, seed=run.seed, fraction=fleet.fraction,
-            over_select=fleet.over_select, deadline_seconds=fleet.deadline_seconds, evaluate_every=every,
-            start=self.point.start,
-        )  # fmt: skip
+        return rounds_of(self.run, self.method, self.fleet, self.server, self.point.start)
 
     def keep(self, done: Round) -> None:
         """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
@@ -234,6 +228,30 @@ class Experiment:
         }
         self.folder.write_summary(summary)
         return {**summary, "export": hint}
+
+
+def rounds_of(run: Run, method: Method, fleet: Fleet, server: Site, start: Start | None = None) -> Iterator[Round]:
+    """The rounds of a run on an open fleet, from `start` or its beginning, as they are done."""
+    settings, every = run.fleet, 0 if method.base == "none" else run.evaluate.every
+    if settings.mode == "buffered" and settings.buffer is not None:
+        return federate_buffered(
+            method, fleet, server, rounds=run.rounds, seed=run.seed, buffer=settings.buffer,
+            concurrency=settings.concurrency, max_staleness=settings.max_staleness, evaluate_every=every, start=start,
+        )  # fmt: skip
+    return federate(
+        method, fleet, server, rounds=run.rounds, seed=run.seed, fraction=settings.fraction,
+        over_select=settings.over_select, deadline_seconds=settings.deadline_seconds, evaluate_every=every, start=start,
+    )  # fmt: skip
+
+
+def go_on(experiment: Experiment, display: Display) -> dict[str, Any]:
+    """The rounds that are left; says how to resume when they are stopped."""
+    try:
+        return dict(experiment.finish())
+    except (Interrupted, AllEdgesLost, EdgeError, KeyboardInterrupt):
+        place = experiment.folder.name
+        display.note(f"stopped after round {experiment.point.start.round}; go on with: fedpipe resume {place}")
+        raise
 
 
 def warn_of(outcomes: Iterable[Report | Lost], round: int) -> None:

@@ -98,3 +98,16 @@ class Struck(Counting):
                 shutil.rmtree(self.private)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().local_update(order, site, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadly(Lora):
+    """LoRA whose process is killed the first time, after it wrote its id to the file `flag`."""
+
+    flag: str = ""
+
+    def local_update(self, order, site, rng):
+        if not Path(self.flag).exists():
+            Path(self.flag).write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().local_update(order, site, rng)

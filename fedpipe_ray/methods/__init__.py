@@ -52,3 +52,15 @@ def make_method(settings: Mapping[str, Any]) -> Method:
     fields = {key: value for key, value in settings.items() if key != "name"}
     method: Method = build(method_class(settings["name"]), fields, "method")
     return method
+
+
+def listing() -> list[str]:
+    """The methods with their settings and defaults, as lines."""
+    from .base import describe
+
+    lines = []
+    for name in METHODS:
+        cls: Any = method_class(name)
+        lines.append(f"{name:<12}{describe(cls)}")
+        lines += [f"    {setting.name}: {setting.default!r}" for setting in dataclasses.fields(cls)]
+    return lines

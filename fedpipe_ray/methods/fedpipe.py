@@ -33,9 +33,9 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.partial import TAIL, Join, joined, misfit, part_of, whole_of
 from fedpipe_ray.planning import EdgePlan
 from fedpipe_ray.probe import probe, ranks_of
-from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import OUT_OF_MEMORY, Lost, Report
 from fedpipe_ray.settings import Profile, require
+from fedpipe_ray.survey import surveyed
 from fedpipe_ray.train import steps_of
 
 from .base import LoraMethod, Weights, arrivals
@@ -64,7 +64,7 @@ class FedPipe(LoraMethod):
     deadline_seconds: of a round on fleet.clock (null: searched). communication: share of it that the upload may
     take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest, and over those
     that local.steps plans. depth: whether a slow edge may adapt its top layers alone. join: stack, or the baselines
-    truncate, pad and increment.
+    truncate, pad and increment. plans: by edge what `fedpipe allocate` found, in place of a solver.
     """
 
     rank: int = 16
@@ -85,6 +85,7 @@ class FedPipe(LoraMethod):
     step_ratio: float = 8.0
     depth: bool = False
     join: Join = "stack"
+    plans: dict[str, planning.Allocation] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__() if self.targets is not None else None
@@ -123,6 +124,34 @@ class FedPipe(LoraMethod):
         shape: Shape = server.memo["shape"]
         return shape
 
+    def demands(
+        self, state: Message, edges: Mapping[str, Profile], server: Site, most: float = math.inf
+    ) -> list[planning.Demand]:
+        """What every edge may do, by what it told. most: steps of one that need not do more."""
+        shape, local = self.shape(server), server.run.local
+        facts = facts_of(edges, state.numbers, server.run.data.max_length)
+        depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
+        found = []
+        for edge, profile in edges.items():
+            planned = steps_of(local, facts[edge].rows)
+            floor = protected(planned, facts[edge].share, len(edges))
+            found.append(demand_of(
+                edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
+                bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned, min_steps=floor,
+                max_steps=max(floor, math.ceil(min(most, self.step_ratio * planned))),
+                correction=state.numbers.get(f"{edge}/memory", 1.0),
+                capacity_bytes=state.numbers.get(f"{edge}/capacity", math.inf),
+                measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
+                accumulate=local.accumulate,
+            ))  # fmt: skip
+        return found
+
+    def told(self, edge: str) -> planning.Allocation:
+        """What `plans` says of an edge. Raises ValueError if nothing."""
+        if edge not in (self.plans or {}):
+            raise ValueError(f"method.plans: nothing for edge {edge}; it has {', '.join(self.plans or {})}")
+        return (self.plans or {})[edge]
+
     def configure(
         self, state: Message, edges: Mapping[str, Profile], server: Site
     ) -> tuple[float, dict[str, EdgePlan]]:
@@ -131,25 +160,19 @@ class FedPipe(LoraMethod):
         facts = facts_of(edges, state.numbers, server.run.data.max_length)
         scores = {edge: np.array(list(self.scores(edge, state, shape, facts).values())) for edge in edges}  # [keys]
         planned = {edge: steps_of(local, fact.rows) for edge, fact in facts.items()}
-        floors = {edge: protected(planned[edge], fact.share, len(edges)) for edge, fact in facts.items()}
-        depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
-
-        def demand(edge: str, profile: Profile, most: float) -> planning.Demand:
-            ceiling = max(floors[edge], math.ceil(min(most, self.step_ratio * planned[edge])))
-            return demand_of(
-                edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
-                bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned[edge],
-                min_steps=floors[edge], max_steps=ceiling, correction=state.numbers.get(f"{edge}/memory", 1.0),
-                capacity_bytes=state.numbers.get(f"{edge}/capacity", math.inf),
-                measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
-                accumulate=local.accumulate,
-            )  # fmt: skip
 
         def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
+            demands = self.demands(state, edges, server, most)
+            known: dict[str, Any] = {"steps": self.of("steps"), "lam": self.penalty}
+            if self.plans is not None:
+                told = [
+                    planning.given(shape.keys, one, scores[one.edge], deadline, self.told(one.edge), **known)
+                    for one in demands
+                ]
+                return {one.edge: one for one in told}
             return planning.plan(
-                shape.keys, [demand(*edge, most) for edge in edges.items()], scores, deadline, solver, self.of("steps"),
-                lam=self.penalty, communication_share=self.communication,
-            )  # fmt: skip
+                shape.keys, demands, scores, deadline, solver, communication_share=self.communication, **known
+            )
 
         def bounded(deadline: float, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
             fewest = min(found.steps * found.batch for found in plans(deadline, solver=solver).values())
@@ -184,35 +207,8 @@ class FedPipe(LoraMethod):
         }  # fmt: skip
 
     def survey(self, fleet: Fleet, server: Site) -> tuple[float, dict[str, EdgePlan]]:
-        """What `configure` gives once every edge has told its facts and scores; nothing is trained.
-
-        An edge that runs out of memory over it is asked again with less. Raises UserError for one that cannot answer.
-        """
-        state, silent = self.start(server, rng_for(server.run.seed, 0, "start")), list(fleet.edges)
-        while silent:
-            _, plans = self.configure(state, fleet.edges, server)
-            orders = {
-                edge: Message(
-                    part_of(state.tensors, plans[edge].ranks, "stack", {}),
-                    {**self.order_numbers(plans[edge], state, server), "score": 1.0, "survey": 1.0},
-                )
-                for edge in silent
-            }
-            numbers, overfull = dict(state.numbers), []
-            for report in fleet.run(orders, 0):
-                if isinstance(report, Report):
-                    learn(report.edge, report.message().numbers, numbers)
-                elif report.reason.startswith(OUT_OF_MEMORY):
-                    overfull.append(report)
-                else:
-                    raise UserError(f"edge {report.edge}: {report.reason}")
-            less = self.corrections(state, fleet.edges, overfull, server)
-            silent = [lost.edge for lost in overfull]
-            for lost in overfull:
-                if f"{lost.edge}/memory" not in less:
-                    raise UserError(f"edge {lost.edge}: {lost.reason}")
-            state = Message(state.tensors, numbers | less)
-        return self.configure(state, fleet.edges, server)
+        """What `configure` gives once every edge has told its facts and scores; nothing is trained. UserError."""
+        return self.configure(surveyed(self, fleet, server), fleet.edges, server)
 
     def scores(self, edge: str, state: Message, shape: Shape, facts: Mapping[str, Facts]) -> dict[str, float]:
         """Importance of every key for one edge; all alike before the first scoring."""

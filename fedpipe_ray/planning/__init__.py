@@ -18,23 +18,28 @@ import numpy as np
 
 from .best import best
 from .exact import exact
+from .given import Allocation, given, solution
 from .greedy import greedy, uniform
-from .problem import GAINS, RANKS, Array, Choice, Demand, EdgePlan, Key, count_steps
+from .problem import GAINS, RANKS, Array, Choice, Demand, EdgePlan, Key, Problem, count_steps
 
 __all__ = [
     "GAINS",
     "RANKS",
+    "Allocation",
     "Array",
     "Choice",
     "Demand",
     "EdgePlan",
     "Key",
+    "Problem",
     "best",
     "count_steps",
     "exact",
+    "given",
     "greedy",
     "plan",
     "search_deadline",
+    "solution",
     "uniform",
 ]
 

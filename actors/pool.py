@@ -1,0 +1,182 @@
+"""Runs side by side on Ray, for a search: each in a warm worker that keeps model and rows, or with a fleet of its own.
+
+A worker of the first kind reserves the threads that a run trains with. One of the second kind is only a coordinator and
+reserves nothing, lest coordinators take the room that their own fleets wait for. Workers start when there is a task for
+them and end when there is none, so that an autoscaler sees what is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from fedpipe_ray.errors import UserError
+from fedpipe_ray.fleet import Fleet, Kept
+from fedpipe_ray.methods.base import Method
+from fedpipe_ray.settings import Profile, Run
+from fedpipe_ray.trial import Event, advanced, ended, kept_fleet, records_of
+
+from .connect import connect, disconnect, forking, without_gpus
+from .faults import fault_of
+from .placement import Node, unplaceable
+from .workers import nodes_now
+
+
+class TrialActor:
+    """A process in which runs take turns. own_fleet: their edges are actors of their own, not in here."""
+
+    def __init__(self, own_fleet: bool) -> None:
+        self.own_fleet, self.open = own_fleet, kept_fleet(Kept())
+        self.records: Any = iter(())
+
+    def begin(self, task: int, run: Run) -> Event:
+        """The first round of a run."""
+        self.end()
+        try:
+            self.records = records_of(run, ray_fleet if self.own_fleet else self.open)
+        except Exception as error:
+            return ended(task, error)
+        return self.go_on(task)
+
+    def go_on(self, task: int) -> Event:
+        """The next round of the run that began here."""
+        return advanced(task, self.records)
+
+    def end(self) -> None:
+        """Ends the run, and the fleet that it has."""
+        getattr(self.records, "close", lambda: None)()
+        self.records = iter(())
+
+
+def ray_fleet(run: Run, method: Method) -> Fleet:
+    """A fleet on the cluster of which this process is a worker."""
+    from .fleet import RayFleet
+
+    return RayFleet(run, method)
+
+
+@dataclass(eq=False)
+class Seat:
+    """A worker and what it has to do. ref: to wait for; handed_out: whether its round was, so that it may go on."""
+
+    actor: Any
+    task: int | None = None
+    ref: Any = None
+    handed_out: bool = False
+
+
+class TrialPool:
+    """An executor on Ray with at most `parallel` runs at once.
+
+    like: a run that stands for all: the cluster, the threads, and whether an autoscaler is asked. Raises UserError if
+    no node has room for a worker.
+    """
+
+    def __init__(self, like: Run, parallel: int, own_fleet: bool) -> None:
+        try:
+            self._owns_ray = connect(like.fleet.address, without_gpus(like) or not own_fleet)
+        except ConnectionError as error:
+            raise UserError(str(error)) from error
+        self._parallel, self._own_fleet = parallel, own_fleet
+        self._cpus = 0 if own_fleet else like.local.threads
+        self._queue: deque[tuple[int, Run]] = deque()
+        self._seats: list[Seat] = []
+        if not like.fleet.autoscale:
+            self._require_room()
+
+    def submit(self, task: int, run: Run) -> None:
+        """Queues a run."""
+        if self._own_fleet:  # the cluster is the one that this pool is connected to
+            run = dataclasses.replace(run, fleet=dataclasses.replace(run.fleet, address=None))
+        self._queue.append((task, run))
+
+    def next(self, timeout_seconds: float) -> Event | None:
+        """What happens next. A worker without a task when there is none in the queue ends."""
+        self._give()
+        waiting = {seat.ref: seat for seat in self._seats if seat.ref is not None}
+        if not waiting:
+            time.sleep(0 if not self._queue else timeout_seconds)
+            return None
+        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_seconds)
+        return self._taken(waiting[ready[0]]) if ready else None
+
+    def cancel(self, task: int) -> None:
+        """Ends a task; its worker is warm for the next one if it is between rounds, else it ends too."""
+        self._queue = deque(entry for entry in self._queue if entry[0] != task)
+        for seat in [seat for seat in self._seats if seat.task == task]:
+            if seat.ref is None:
+                seat.actor.end.remote()
+                seat.task, seat.handed_out = None, False
+            else:
+                self._bury(seat)
+
+    def close(self) -> None:
+        """Ends all, and Ray if it was started here."""
+        self._queue.clear()
+        for seat in list(self._seats):
+            self._bury(seat)
+        if self._owns_ray:
+            disconnect()
+
+    @property
+    def workers(self) -> int:
+        """How many there are now."""
+        return len(self._seats)
+
+    def _give(self) -> None:
+        """Lets tasks go on whose rounds were handed out, gives queued ones to workers, ends workers without any."""
+        for seat in self._seats:
+            if seat.handed_out:
+                seat.ref, seat.handed_out = seat.actor.go_on.remote(seat.task), False
+        idle = [seat for seat in self._seats if seat.task is None]
+        while self._queue and (idle or len(self._seats) < self._parallel):
+            seat = idle.pop(0) if idle else self._start()
+            seat.task, run = self._queue.popleft()
+            seat.ref = seat.actor.begin.remote(seat.task, run)
+        for seat in idle:
+            self._bury(seat)
+
+    def _taken(self, seat: Seat) -> Event:
+        """What a worker answered."""
+        task = seat.task
+        assert task is not None
+        try:
+            event: Event = ray.get(seat.ref)
+        except RayError as error:
+            fault = fault_of(error)
+            self._bury(seat)
+            return Event(task, "failed" if fault.kind == "raised" else "broken", reason=fault.traceback or fault.reason)
+        seat.ref, seat.handed_out = None, event.kind == "round"
+        if event.kind != "round":
+            seat.task = None
+        return event
+
+    def _start(self) -> Seat:
+        """A new worker; its process imports while we go on."""
+        options: dict[str, Any] = {"num_cpus": self._cpus}
+        if not forking():
+            options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(max(1, self._cpus))}}
+        seat = Seat(ray.remote(TrialActor).options(**options).remote(self._own_fleet))
+        self._seats.append(seat)
+        return seat
+
+    def _bury(self, seat: Seat) -> None:
+        """Ends a worker; a coordinator lets its fleet go first, whose actors end with it in any case."""
+        self._seats.remove(seat)
+        with suppress(RayError, GetTimeoutError, ValueError):
+            ray.kill(seat.actor)
+
+    def _require_room(self) -> None:
+        """Raises UserError if a worker fits no node: Ray would wait for one in silence."""
+        nodes: list[Node] = nodes_now()
+        refused = unplaceable({"worker": Profile(cpus=self._cpus)}, nodes)
+        if refused:
+            why = refused[0].removeprefix("edge worker: ")
+            raise UserError(f"local.threads: a trial of {self._cpus} threads finds no room: {why}")

@@ -1,0 +1,69 @@
+"""What a command sets up in its process: where its log goes, and that a signal ends it cleanly."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from .display import Display
+    from .fleet import Fleet
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def close_log() -> None:
+    """Ends this command's log handlers; a program that calls `main` keeps none of them."""
+    log = logging.getLogger("fedpipe")
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
+
+
+def set_up_logging(display: Display, file: Path | None) -> None:
+    """Warnings of the run go to the screen, everything to the run's log."""
+    close_log()
+    log = logging.getLogger("fedpipe")
+    log.setLevel(logging.INFO)
+    log.addHandler(display.handler())
+    if file is not None:
+        to_file = logging.FileHandler(file)
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(to_file)
+    warnings.filterwarnings("ignore", module="peft")
+
+
+def closing(fleet: Fleet) -> contextlib.closing[Fleet]:
+    """Ends the fleet whatever happens, also on SIGTERM before and after the rounds."""
+    clean_up_on_sigterm()
+    return contextlib.closing(fleet)
+
+
+def clean_up_on_sigterm() -> None:
+    """SIGTERM ends the program by an exception, as SIGINT does, so that nothing half-made stays."""
+
+    def stop(signum: int, _: Any) -> None:
+        raise Interrupted(signum)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def siblings() -> None:
+    """Raises UserError if another package stands in the way of actors, tuning or clusters."""
+    if str(REPOSITORY) not in sys.path:
+        sys.path.insert(0, str(REPOSITORY))
+    for name in ("actors", "tuning", "clusters"):
+        found = importlib.util.find_spec(name)
+        place = Path(found.origin).parent if found is not None and found.origin else None
+        if place != REPOSITORY / name:
+            raise UserError(
+                f"package {name!r} comes from {place}, not from {REPOSITORY}; remove that one from the path"
+            )

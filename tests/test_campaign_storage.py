@@ -1,0 +1,125 @@
+"""Campaigns stored in a real PostgreSQL on loopback, from Debian's packages."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from runs import ROOT, command, env, free_ports, here
+from test_campaign import Curves, Stops, by_rate, campaign, carried_out, plan_of
+
+from fedpipe_ray.errors import UserError
+from tuning.study import RETRY_OF, open_storage
+
+BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=None)
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.skipif(BINARIES is None, reason="no /usr/lib/postgresql/*/bin; apt-get install postgresql"),
+]
+
+
+def user() -> dict[str, Any]:
+    """Who runs the server: we, or postgres where we are root, as which it refuses to run."""
+    if os.getuid() != 0:
+        return {}
+    entry = pwd.getpwnam("postgres")
+    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The URL of a server with an empty cluster; it is ended by its own process id."""
+    assert BINARIES is not None
+    folder, (port,) = Path(tempfile.mkdtemp(prefix="fp-pg-", dir="/tmp")), free_ports(1)
+    who = user()
+    if who:
+        os.chown(folder, who["user"], who["group"])
+    options: dict[str, Any] = {**who, "cwd": folder, "stdout": subprocess.DEVNULL}
+    password = folder / "password"
+    password.write_text("secret\n")
+    password.chmod(0o644)
+    subprocess.run(
+        [BINARIES / "initdb", "-D", folder / "data", "-U", "fedpipe", "--auth=scram-sha-256", f"--pwfile={password}"],
+        check=True, **options,
+    )  # fmt: skip
+    flags = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([BINARIES / "postgres", "-D", folder / "data", *flags], stderr=log, **options)
+    try:
+        ready, deadline = [BINARIES / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], time.monotonic() + 60
+        while subprocess.run(ready, stdout=subprocess.DEVNULL, check=False).returncode:
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield f"postgresql://fedpipe:secret@127.0.0.1:{port}"
+    finally:
+        process.send_signal(signal.SIGINT)  # fast: clients are not waited for
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def database(server: str, request: pytest.FixtureRequest) -> str:
+    """The URL of a database of the test's own."""
+    import psycopg
+
+    name = f"d{abs(hash(request.node.name)) % 10**9}"
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return f"{server}/{name}"
+
+
+@pytest.mark.parametrize("events", [1, 8])
+def test_a_driver_that_goes_away(run_file: Path, tmp_path: Path, database: str, events: int) -> None:
+    plan = plan_of(run_file, trials=5, parallel=3, pruner="none", storage=database)
+    with pytest.raises(KeyboardInterrupt):
+        carried_out(plan, tmp_path, Stops(by_rate, events))
+    trials = carried_out(plan, tmp_path, Curves(by_rate))
+    assert [trial.state for trial in trials].count(TrialState.COMPLETE) == 5
+    left = [trial.number for trial in trials if trial.state == TrialState.FAIL]
+    assert sorted(trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs) == left
+    assert left
+
+
+def test_kill_minus_nine_and_go_on(run_file: Path, tmp_path: Path, database: str) -> None:
+    out, path = tmp_path / "out", campaign(run_file, trials=4, storage=database, constraints={"bytes": "1GB"})
+    with (tmp_path / "log").open("w") as file:
+        process = subprocess.Popen(command("tune", path, "--out", out), cwd=ROOT, env=env(), stdout=file, stderr=file)
+    deadline = time.monotonic() + 240
+    while not list((out / "trials").glob("*.jsonl")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert here("tune", path, "--out", out) == 0
+    trials = optuna.load_study(study_name="campaign", storage=open_storage(database, out)).trials
+    tried_again = sum(RETRY_OF in trial.user_attrs for trial in trials)
+    assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials) == 4
+    assert len(trials) == 4 + tried_again
+    assert not (out / "journal.log").exists()
+
+
+def test_a_wrong_password_is_said_without_it(run_file: Path, tmp_path: Path, database: str) -> None:
+    plan = plan_of(run_file, storage=database.replace("secret", "wrong"))
+    with pytest.raises(UserError, match="password authentication failed") as caught:
+        carried_out(plan, tmp_path, Curves(by_rate))
+    assert ":wrong" not in str(caught.value)
+
+
+def test_two_campaigns_of_one_name_in_one_database(run_file: Path, tmp_path: Path, database: str) -> None:
+    carried_out(plan_of(run_file, storage=database), tmp_path / "one", Curves(by_rate))
+    other = plan_of(run_file, storage=database, constraints={"loss": 3.0})
+    with pytest.raises(UserError, match="belongs to another campaign: constraints differ"):
+        carried_out(other, tmp_path / "two", Curves(by_rate))

@@ -1,0 +1,163 @@
+"""`fedpipe allocate`: searches ranks, bits and batches of every class of edges under budgets, on the planner's costs.
+
+Given latency, memory and bytes an edge, classes do not touch each other: each has a study of its own, and trial t of
+the search is trial t of every class. What no class can keep costs nothing but its milliseconds. The Pareto front over
+quality, latency, memory and bytes comes from combining the classes' own points; its best may then be promoted, by
+successive halving, through short federated runs: a campaign whose one key is `method.plans`. Ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler
+
+from fedpipe_ray.errors import UserError
+from fedpipe_ray.planning import Allocation
+
+from .study import sampler_of
+from .surrogate import Outcome, Point, Surrogate
+
+BUDGETS = 8  # levels of each cost at which the classes' points are combined
+PLACES = 12  # rows of the Pareto table at most
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An allocation of the whole fleet and what it is worth and costs."""
+
+    plans: Mapping[str, Allocation]  # by edge
+    outcome: Outcome
+
+
+@dataclass
+class Search:
+    """points: of each class what was tried, and what it gave; curve: best feasible quality of the fleet, by trial."""
+
+    surrogate: Surrogate
+    points: dict[str, list[tuple[Point, Outcome]]] = field(default_factory=dict)
+    curve: list[float] = field(default_factory=list)
+
+    def best(self, name: str, keep: Callable[[Outcome], bool] = lambda _: True) -> tuple[Point, Outcome] | None:
+        """A class's best feasible point among those that `keep` says yes to."""
+        found = [pair for pair in self.points[name] if pair[1].feasible and keep(pair[1])]
+        return max(found, key=lambda pair: pair[1].quality, default=None)
+
+    def candidate(self, keep: Callable[[Outcome], bool] = lambda _: True) -> Candidate | None:
+        """The classes' best put together; None if one of them has none."""
+        chosen = {name: self.best(name, keep) for name in self.points}
+        if any(pair is None for pair in chosen.values()):
+            return None
+        pairs = {name: pair for name, pair in chosen.items() if pair is not None}
+        plans = {
+            edge: self.surrogate.allocation(name, pairs[name][0])
+            for name, edges in self.surrogate.classes.items()
+            for edge in edges
+        }
+        return Candidate(plans, self.surrogate.fleet({name: outcome for name, (_, outcome) in pairs.items()}))
+
+
+def search(surrogate: Surrogate, trials: int, sampler: str = "tpe", seed: int = 0, free: bool = False) -> Search:
+    """So many trials of every class, side by side. free: in the space with a rank for every weight.
+
+    Raises UserError if a class has no feasible point.
+    """
+    found = Search(surrogate, {name: [] for name in surrogate.classes})
+    rows = {
+        name: _quality(name, found, trials, sampler_of(sampler, seed + i, 0, 1), free)
+        for i, name in enumerate(found.points)
+    }
+    for _ in range(trials):
+        best = [next(row) for row in rows.values()]
+        found.curve.append(sum(best) / len(surrogate.problems))
+    missing = [name for name in found.points if found.best(name) is None]
+    if missing:
+        raise UserError("\n".join(_nearest(found, name) for name in missing))
+    return found
+
+
+def _quality(name: str, found: Search, trials: int, sampler: BaseSampler, free: bool) -> Iterator[float]:
+    """Does a trial of one class at each step, and gives its best feasible quality so far."""
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    space = (found.surrogate.free_space if free else found.surrogate.space)(name)
+    best = -np.inf
+    for point in [] if free else found.surrogate.starts(name):
+        study.enqueue_trial(point)
+    for _ in range(trials):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trial = study.ask(space)
+        outcome = found.surrogate.of_class(name, trial.params)
+        for limit, miss in outcome.misses.items():
+            trial.set_constraint(limit, miss)
+        study.tell(trial, outcome.quality)
+        found.points[name].append((trial.params, outcome))
+        if outcome.feasible:
+            best = max(best, outcome.quality)
+        yield best
+
+
+def _nearest(found: Search, name: str) -> str:
+    """Which budget a class cannot keep, and by how much its nearest point misses it."""
+    misses = {
+        key: min(outcome.misses[key] for _, outcome in found.points[name]) for key in ("latency", "memory", "bytes")
+    }
+    over = {key: miss for key, miss in misses.items() if miss > 0}
+    if not over:
+        least = min(found.points[name], key=lambda pair: sum(max(0, miss) for miss in pair[1].misses.values()))[1]
+        over = {key: miss for key, miss in least.misses.items() if miss > 0}
+    units = {"latency": ("s", 1), "memory": ("MiB", 2**20), "bytes": ("MB", 1e6)}
+    said = ", ".join(f"{key} by {miss / units[key][1]:.4g} {units[key][0]}" for key, miss in over.items())
+    edges = ", ".join(found.surrogate.classes[name])
+    return f"edge {edges}: no trial keeps the budget; the nearest misses {said}; raise it, or give more --trials"
+
+
+def front(found: Search) -> list[Candidate]:
+    """Allocations that none beats in quality, latency, memory and bytes at once, the best quality first.
+
+    Each comes from holding every class to one level of one cost and taking its best within.
+    """
+    every = [outcome for pairs in found.points.values() for _, outcome in pairs if outcome.feasible]
+    candidates = [found.candidate()]
+    for cost in ("seconds", "memory_bytes", "bytes_round"):
+        seen = np.quantile([getattr(outcome, cost) for outcome in every], np.linspace(0.02, 0.9, BUDGETS))
+        for level in seen.tolist():
+            candidates.append(found.candidate(partial(_within, cost, level)))
+    points: dict[tuple[float, ...], Candidate] = {}
+    for one in candidates:
+        if one is not None:
+            points.setdefault(_costs(one.outcome), one)
+    best = [one for one in points if not any(other != one and _covers(other, one) for other in points)]
+    return [points[one] for one in sorted(best)][:PLACES]
+
+
+def _within(cost: str, level: float, outcome: Outcome) -> bool:
+    return bool(getattr(outcome, cost) <= level)
+
+
+def _costs(outcome: Outcome) -> tuple[float, ...]:
+    return (-outcome.quality, outcome.seconds, outcome.memory_bytes, outcome.bytes_round)
+
+
+def _covers(one: Sequence[float], other: Sequence[float]) -> bool:
+    return all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def gap(quality: float, optimum: Outcome) -> float:
+    """By how much a quality falls short of the exact optimum's, as a share of what that one's ranks are worth.
+
+    Not of its value, which the under-training rate may bring near zero.
+    """
+    return (optimum.quality - quality) / optimum.worth
+
+
+def as_settings(plans: Mapping[str, Allocation]) -> dict[str, Any]:
+    """Allocations as `method.plans` of a run file."""
+    return {edge: {**dataclasses.asdict(one), "ranks": dict(one.ranks)} for edge, one in plans.items()}

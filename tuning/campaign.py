@@ -1,0 +1,238 @@
+"""A campaign: asks Optuna for trials, has an executor carry them out, and tells Optuna what came of them.
+
+All of Optuna is here on the driver; trials know nothing of it. What is in the storage is enough to go on after a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from fedpipe_ray.config import to_yaml
+from fedpipe_ray.errors import UserError
+from fedpipe_ray.message import write_atomically
+from fedpipe_ray.trial import Event, Executor, Record
+
+from .metrics import metric, worst_of
+from .plan import Plan
+from .study import REPEAT_OF, best_of, counted, enqueue, recover, unmet
+
+log = logging.getLogger("fedpipe")
+
+WAIT_SECONDS = 0.5  # for an event, before the display is drawn again
+Verdict = Literal["go on", "settled", "prune", "retry", "complete", "worst", "fail"]
+
+
+@dataclass
+class Running:
+    """A trial at work. followers: trials with the same values, told the same in the end.
+
+    tries: how often it broke; reported: rounds that Optuna knows.
+    """
+
+    trial: Trial
+    key: str
+    records: list[Record] = field(default_factory=list)
+    followers: list[Trial] = field(default_factory=list)
+    tries: int = 0
+    reported: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+
+def verdict(kind: str, tries: int, retries: int, *, prune: bool = False, settled: bool = False) -> Verdict:
+    """What to do with a trial after an event. tries: how often it broke before; a fault of its own would come again."""
+    if kind == "round":
+        return "settled" if settled else "prune" if prune else "go on"
+    if kind == "broken":
+        return "retry" if tries < retries else "fail"
+    return {"done": "complete", "diverged": "worst", "failed": "fail"}[kind]  # type: ignore[return-value]
+
+
+def key_of(params: Mapping[str, Any]) -> str:
+    """The same for trials with the same values."""
+    return json.dumps(params, sort_keys=True)
+
+
+class Driver:
+    """Carries a campaign out. `go` may be called again, also in another process, until nothing is left.
+
+    show(): called whenever something happened, and twice a second.
+    """
+
+    def __init__(
+        self, plan: Plan, study: optuna.Study, executor: Executor, folder: Path, show: Callable[[Driver], None]
+    ) -> None:
+        self.plan, self.study, self.executor, self.folder, self.show = plan, study, executor, folder, show
+        self.running: dict[int, Running] = {}
+        self.known: dict[str, FrozenTrial] = {}
+        self.last_failure = ""
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+
+    def go(self) -> None:
+        """Runs all trials that are left."""
+        left = recover(self.study)
+        if left:
+            log.info("trials %s were running when the driver ended; each is tried once more", left)
+        for number in left:
+            self._rounds_of(number).unlink(missing_ok=True)  # written, and Optuna not yet told
+        enqueue(self.study, self.plan.space, self.plan.settings.enqueue)
+        trials = self.study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and REPEAT_OF not in trial.user_attrs:
+                self.known[key_of(trial.params)] = trial
+        waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+        to_ask = max(self.plan.settings.trials - counted(trials), 0) + waiting
+        while to_ask or self.running:
+            while to_ask and len(self.running) < self.plan.settings.parallel:
+                to_ask -= 1
+                self._ask()
+            if self.running:
+                event = self.executor.next(WAIT_SECONDS)
+                if event is not None and event.task in self.running:
+                    self._take(event)
+            self.show(self)
+
+    def _ask(self) -> None:
+        """Starts the trial that Optuna wants next, or answers at once what is known."""
+        trial = self.study.ask(dict(self.plan.space.distributions))
+        key = key_of(trial.params)
+        if key in self.known:
+            self._repeat(trial, self.known[key])
+            return
+        same = next((one for one in self.running.values() if one.key == key), None)
+        if same is not None:
+            same.followers.append(trial)
+            return
+        self.running[trial.number] = Running(trial, key)
+        try:
+            run = self.plan.load(self.plan.space.overrides(trial.params))
+        except UserError as error:  # values that are possible alone and impossible together
+            self._take(Event(trial.number, "failed", reason=str(error)))
+            return
+        self.executor.submit(trial.number, run)
+
+    def _take(self, event: Event) -> None:
+        """Decides about a trial after an event, and does it."""
+        one = self.running[event.task]
+        prune = False
+        if event.kind == "round":
+            one.records.append(event.record)
+            prune = self._should_prune(one)
+        settled = bool(one.records) and self.plan.settled(one.records)
+        decided = verdict(event.kind, one.tries, self.plan.settings.retries, prune=prune, settled=settled)
+        if decided == "go on":
+            return
+        if decided == "retry":
+            log.info("trial %d is tried again: %s", event.task, event.reason)
+            one.tries, one.records = one.tries + 1, []
+            self.executor.submit(event.task, self.plan.load(self.plan.space.overrides(one.trial.params)))
+            return
+        if decided in ("prune", "settled"):
+            self.executor.cancel(event.task)
+        self._end(one, decided, event.reason)
+
+    def _should_prune(self, one: Running) -> bool:
+        """Reports a round to Optuna, and asks; with several objectives it does not prune."""
+        objectives = list(self.plan.objectives.values())
+        value = self.plan.values(one.records)[0] if len(objectives) == 1 else None
+        if value is None or objectives[0].until or len(one.records) == self.plan.base.rounds:
+            return False
+        step = len(one.records)
+        if step > one.reported:  # a retry gives the same numbers again
+            one.trial.report(value, step)
+            one.reported = step
+        return bool(one.trial.should_prune())
+
+    def _end(self, one: Running, decided: Verdict, reason: str) -> None:
+        """Writes a trial's rounds, tells Optuna, and answers the trials that waited for the same."""
+        number = one.trial.number
+        lines = "".join(json.dumps(record) + "\n" for record in one.records)
+        write_atomically(self._rounds_of(number), lines)
+        figures = {name: metric(name, one.records) for name in ("loss", "virtual_seconds", "bytes")} if lines else {}
+        facts: dict[str, Any] = {
+            **figures,
+            "rounds": len(one.records),
+            "seconds": time.monotonic() - one.began,
+            "tries": one.tries + 1,
+        }
+        values, excess = self.plan.values(one.records), [limit.excess(one.records) for limit in self.plan.limits]
+        if decided == "worst":
+            values, excess = [worst_of(way) for way in self.plan.ways], [found or 0.0 for found in excess]
+        silent = [name for name, value in zip(self.plan.objectives, values) if value is None]
+        silent += [limit.metric for limit, found in zip(self.plan.limits, excess) if found is None]
+        if decided != "prune" and decided != "fail" and silent:
+            decided, reason = "fail", f"no round recorded {', '.join(silent)}; is evaluate.every above 0?"
+        del self.running[number]
+        if decided == "fail":
+            self.last_failure = reason
+            log.warning("trial %d failed: %s", number, reason)
+            facts["reason"] = reason
+        told = [one.trial, *one.followers]
+        for trial in told:
+            extra = {} if trial is one.trial else {REPEAT_OF: number}
+            self._tell(trial, decided, values, excess, {**facts, **extra})
+        if decided != "fail":
+            self.known[one.key] = self.study.get_trials(deepcopy=False)[number]
+
+    def _rounds_of(self, number: int) -> Path:
+        return self.folder / "trials" / f"{number:04d}.jsonl"
+
+    def _tell(
+        self, trial: Trial, decided: Verdict, values: Sequence[float | None], excess: Sequence[float | None],
+        facts: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        for name, fact in facts.items():
+            trial.set_user_attr(name, fact)
+        if decided == "fail":
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif decided == "prune":
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            for limit, found in zip(self.plan.limits, excess, strict=True):
+                trial.set_constraint(limit.name, found or 0.0)
+            self.study.tell(trial, [float(value or 0.0) for value in values])
+
+    def _repeat(self, trial: Trial, known: FrozenTrial) -> None:
+        """Answers a trial whose values were tried before: the same bits would come again."""
+        trial.set_user_attr(REPEAT_OF, known.number)
+        for step, value in known.intermediate_values.items():
+            trial.report(value, step)
+        for name, value in known.constraints.items():
+            trial.set_constraint(name, value)
+        if known.state == TrialState.PRUNED:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self.study.tell(trial, known.values)
+
+
+def results(plan: Plan, study: optuna.Study, folder: Path, last_failure: str = "") -> list[FrozenTrial]:
+    """The best feasible trials, each written as a run file that `fedpipe run` takes: best.yaml, then best-2.yaml...
+
+    Raises UserError if there is none, with the constraint that no trial met and by how much the nearest missed it.
+    """
+    trials = study.get_trials(deepcopy=False)
+    best = best_of(trials, plan.ways)
+    for index, trial in enumerate(best):
+        name = "best.yaml" if index == 0 else f"best-{index + 1}.yaml"
+        write_atomically(folder / name, to_yaml(plan.load(plan.space.overrides(trial.params))))
+    if best:
+        return best
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    if not done:
+        raise UserError(f"none of the {len(trials)} trials came to an end; the last fault: {last_failure or 'pruned'}")
+    missed = [f"{name}: the nearest trial misses it by {miss:.4g}" for name, miss in unmet(trials).items()]
+    if missed:
+        raise UserError("constraints: no trial meets\n" + "\n".join(f"  {line}" for line in missed))
+    if all(trial.constraints and max(trial.constraints.values()) > 0 for trial in done):
+        nearest = min(done, key=lambda trial: sum(max(value, 0) for value in trial.constraints.values()))
+        over = ", ".join(f"{name} by {value:.4g}" for name, value in nearest.constraints.items() if value > 0)
+        raise UserError(f"constraints: no trial meets all of them together; trial {nearest.number} misses {over}")
+    raise UserError("no trial has a finite value: all diverged; lower the range of local.lr")

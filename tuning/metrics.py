@@ -1,0 +1,138 @@
+"""What a campaign may optimize or constrain: figures of a trial from the records of its rounds. Pure functions.
+
+Quality figures are the newest evaluation's, over all validation rows of the fleet. Costs add up over rounds, but those
+named `round_...` are the dearest round's, and memory is the largest of any edge in any round. The three protocols after
+EdgeFlowerTune's names are ours: quality under a budget (`within`), cost to a target (`until`), robustness (`over`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedpipe_ray.errors import UserError
+from fedpipe_ray.settings import Run
+from fedpipe_ray.trial import Record
+
+from .settings import Objective
+
+QUALITY = {
+    "causal": {"loss": "minimize", "perplexity": "minimize", "token_accuracy": "maximize"},
+    "classification": {"loss": "minimize", "accuracy": "maximize", "macro_f1": "maximize"},
+}
+SUMS = ("bytes_up", "bytes_down", "wall_seconds", "evaluate_seconds", "virtual_seconds")
+EDGE_SUMS = ("samples", "steps", "tokens", "flops")
+PEAKS = ("peak_memory_bytes", "training_memory_bytes")
+COSTS = (*SUMS, "bytes", *EDGE_SUMS, *PEAKS, "round_seconds", "round_bytes", "lost_edges", "rounds")
+
+
+def known_metrics(run: Run) -> dict[str, str]:
+    """Every name that can be checked before a trial, with the direction that is better."""
+    names = {**QUALITY[run.data.task], "train_loss": "minimize", **dict.fromkeys(COSTS, "minimize")}
+    quality = QUALITY[run.data.task]
+    return names | {f"edges.{edge}.{key}": way for edge in run.fleet.edges for key, way in quality.items()}
+
+
+def direction_of(name: str, run: Run, where: str) -> str:
+    """Which way is better. Raises UserError for a metric that no round records, with the nearest that one does.
+
+    `method.NAME`, and `VIEW.METRIC` of a method with several results, are known only once a round was done.
+    """
+    known = known_metrics(run)
+    if name in known:
+        return known[name]
+    last = name.rpartition(".")[2]
+    if name.startswith("method.") or (last in QUALITY[run.data.task] and "." in name and not name.startswith("edges.")):
+        return QUALITY[run.data.task].get(last, "minimize")
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    shown = [key for key in known if not key.startswith("edges.")]
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(shown)}, and method.NAME"
+    raise UserError(f"{where}: no metric {name!r}; {hint}")
+
+
+def metric(name: str, records: Sequence[Record]) -> float | None:
+    """A figure after these rounds; infinite where it was no number; None if nothing recorded it."""
+    if name in SUMS:
+        return float(sum(record[name] or 0 for record in records))
+    if name == "bytes":
+        return float(sum(record["bytes_up"] + record["bytes_down"] for record in records))
+    if name in ("round_seconds", "round_bytes"):
+        each = [r["virtual_seconds"] if name == "round_seconds" else r["bytes_up"] + r["bytes_down"] for r in records]
+        return float(max(each, default=0))
+    if name == "rounds":
+        return float(len(records))
+    edges = [edge for record in records for edge in record["edges"].values()]
+    if name in EDGE_SUMS:
+        return float(sum(edge[name] for edge in edges))
+    if name in PEAKS:
+        return float(max((edge[name] for edge in edges), default=0))
+    if name == "lost_edges":
+        return float(sum(edge["status"] == "lost" for edge in edges))
+    found = [table[key] for table, key in (_place(name, record) for record in records) if key in table]
+    if not found:
+        return None
+    return math.inf if found[-1] is None else float(found[-1])  # a record has null for what is no number
+
+
+def _place(name: str, record: Record) -> tuple[Mapping[str, Any], str]:
+    """(the mapping of a record in which a figure stands, its key there)."""
+    if name == "train_loss":
+        return record, name
+    if name.startswith("method."):
+        return record["method"], name.removeprefix("method.")
+    if name.startswith("edges."):
+        edge, _, key = name.removeprefix("edges.").rpartition(".")
+        return record["eval"]["edges"].get(edge, {}), key
+    return record["eval"]["global"], name
+
+
+def value_of(objective: Objective, records: Sequence[Record]) -> float | None:
+    """What a trial is worth after these rounds; None if it cannot be said.
+
+    within: the best figure of rounds that ended inside every budget, the worst there is if no round did. until: the
+    cost when the first round had reached every target, infinite if none did. over: `worst` edge's figure, or `gap`, by
+    how much that is worse than the mean of all.
+    """
+    if objective.until:
+        for done in range(1, len(records) + 1):
+            if _reached(objective.until, records[:done]):
+                return metric(objective.metric, records[:done])
+        return math.inf
+    if objective.within:
+        inside = [records[:n] for n in range(1, len(records) + 1) if _inside(objective.within, records[:n])]
+        found = [value for part in inside if (value := _figure(objective, part)) is not None]
+        worst = worst_of(objective.way)
+        return (min if objective.way == "minimize" else max)(found, default=worst)
+    return _figure(objective, records)
+
+
+def worst_of(way: str) -> float:
+    """What a trial gets that has nothing to show."""
+    return math.inf if way == "minimize" else -math.inf
+
+
+def _figure(objective: Objective, records: Sequence[Record]) -> float | None:
+    if objective.over == "all":
+        return metric(objective.metric, records)
+    newest: Mapping[str, Any] = next((r["eval"]["edges"] for r in reversed(records) if r["eval"]["edges"]), {})
+    own = [edge[objective.metric] for edge in newest.values() if objective.metric in edge]
+    own = [math.inf if value is None else float(value) for value in own]
+    if not own:
+        return None
+    worst: float = max(own) if objective.way == "minimize" else min(own)
+    return worst if objective.over == "worst" else abs(worst - sum(own) / len(own))
+
+
+def _inside(budget: Mapping[str, Any], records: Sequence[Record]) -> bool:
+    return all((metric(name, records) or 0.0) <= most for name, most in budget.items())
+
+
+def _reached(targets: Mapping[str, Any], records: Sequence[Record]) -> bool:
+    for name, target in targets.items():
+        value = metric(name, records)
+        higher = QUALITY["causal"].get(name, QUALITY["classification"].get(name)) == "maximize"
+        if value is None or (value < target if higher else value > target):
+            return False
+    return True

@@ -1,0 +1,217 @@
+"""A campaign's study: where it is stored, who it belongs to, its sampler and pruner, and what a killed driver left."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    NSGAIIISampler,
+    NSGAIISampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from fedpipe_ray.errors import UserError
+
+from .space import Space
+
+OWNER = "campaign"  # the study's attribute that says whose it is
+RETRY_OF, REPEAT_OF, ENQUEUED = "retry_of", "repeat_of", "enqueued"  # of trials: a number
+DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def open_storage(url: str | None, folder: Path) -> BaseStorage:
+    """The journal file in `folder`, or the database at a URL. Raises UserError if it cannot be reached.
+
+    Only one process may have `folder` (it is locked): what a killed one left half-written there is taken away.
+    """
+    if url is None:
+        return JournalStorage(JournalFileBackend(str(mended(folder / "journal.log"))))
+    scheme, separator, rest = url.partition("://")
+    kind = scheme.partition("+")[0]
+    if not separator or kind not in DRIVERS:
+        raise UserError(
+            f"storage: {hidden(url)} is no URL of PostgreSQL or MySQL; write postgresql://USER@HOST/DATABASE"
+        )
+    full = url if "+" in scheme else f"{kind}+{DRIVERS[kind]}://{rest}"
+    try:
+        return RDBStorage(full, engine_kwargs={"pool_pre_ping": True})
+    except ImportError as error:
+        raise UserError(f"storage: {hidden(url)} needs its driver ({error}); pip install 'fedpipe-ray[tune]'") from None
+    except Exception as error:  # SQLAlchemy's, the driver's, or Optuna's
+        lines = [line for line in str(error.__cause__ or error).splitlines() if line.strip()]
+        why = lines[0] if lines else type(error).__name__
+        raise UserError(
+            f"storage: {hidden(url)} cannot be reached: {why}; is the server up, and the user right?"
+        ) from None
+
+
+def close_storage(study: optuna.Study) -> None:
+    """Lets a database's connections go; the study may still be used, and opens new ones."""
+    storage = getattr(study._storage, "_backend", study._storage)  # behind the cache that Optuna puts before a database
+    if isinstance(storage, RDBStorage):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def hidden(url: str) -> str:
+    """A URL without its password."""
+    scheme, separator, rest = url.rpartition("://")
+    who, at, where = rest.rpartition("@")
+    return f"{scheme}{separator}{who.partition(':')[0]}{at}{where}"
+
+
+def mended(path: Path) -> Path:
+    """A journal file without a torn last line and without the lock of a process that is gone."""
+    for lock in path.parent.glob(f"{path.name}.lock*"):
+        lock.unlink()
+    if path.exists():
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):
+            path.write_bytes(whole)
+    return path
+
+
+def open_study(
+    storage: BaseStorage, name: str, owner: Mapping[str, Any], ways: Sequence[str],
+    sampler: BaseSampler, pruner: BasePruner,
+) -> optuna.Study:  # fmt: skip
+    """The study of this name, made if there is none. Raises UserError if it belongs to another campaign.
+
+    owner: what makes a campaign this one, as JSON values.
+    """
+    try:
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            directions=[StudyDirection[way.upper()] for way in ways],
+            sampler=sampler,
+            pruner=pruner,
+            load_if_exists=True,
+        )
+        theirs, mine = study.user_attrs.get(OWNER), json.loads(json.dumps(owner))
+        if theirs is None and not study.trials and [d.name.lower() for d in study.directions] == list(ways):
+            study.set_user_attr(OWNER, mine)
+            return study
+    except StorageInternalError as error:
+        raise UserError(f"storage: it went away: {str(error).splitlines()[0]}") from None
+    if theirs != mine:
+        changed = [key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]]
+        raise UserError(
+            f"study {name!r} belongs to another campaign: {', '.join(changed)} differ(s); "
+            "give this one another name, or another --out folder"
+        )
+    return study
+
+
+def sampler_of(name: str, seed: int, done: int, parallel: int) -> BaseSampler:
+    """A sampler by name. done: trials there are, so that one that goes on does not draw its first points again."""
+    seed += 7919 * done
+    makers: dict[str, Any] = {
+        "tpe": lambda: TPESampler(seed=seed, multivariate=True, constant_liar=parallel > 1),
+        "gp": lambda: GPSampler(seed=seed),
+        "nsga2": lambda: NSGAIISampler(seed=seed),
+        "nsga3": lambda: NSGAIIISampler(seed=seed),
+        "cmaes": lambda: CmaEsSampler(seed=seed, warn_independent_sampling=False),
+        "qmc": lambda: QMCSampler(seed=seed, warn_independent_sampling=False),
+        "random": lambda: RandomSampler(seed=seed),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sampler: BaseSampler = makers[name]()
+    return sampler
+
+
+def pruner_of(name: str, rounds: int) -> BasePruner:
+    """A pruner by name, for trials of so many rounds: from the first round on, at most a third goes on at a time."""
+    makers: dict[str, Any] = {
+        "halving": lambda: SuccessiveHalvingPruner(min_resource=1, reduction_factor=3),
+        "hyperband": lambda: HyperbandPruner(min_resource=1, max_resource=rounds, reduction_factor=3),
+        "median": lambda: MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+        "none": NopPruner,
+    }
+    pruner: BasePruner = makers[name]()
+    return pruner
+
+
+def superseded(trials: Iterable[FrozenTrial]) -> set[int]:
+    """Numbers of trials that another one tries again."""
+    return {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
+
+
+def counted(trials: Sequence[FrozenTrial]) -> int:
+    """How many of a campaign's trials are there already, in whatever state: tries of the same one count once."""
+    return len(trials) - len(superseded(trials))
+
+
+def recover(study: optuna.Study) -> list[int]:
+    """Fails every trial that a killed driver left running, and queues each once more; their numbers.
+
+    The copy comes first, so that a kill in between loses none; and a copy that is there is not made again.
+    """
+    trials = study.get_trials(deepcopy=False)
+    left, known = [trial for trial in trials if trial.state == TrialState.RUNNING], superseded(trials)
+    for trial in left:
+        if trial.number not in known:
+            fixed = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            attributes = {key: trial.user_attrs[key] for key in (ENQUEUED,) if key in trial.user_attrs}
+            study.enqueue_trial(fixed, user_attrs={**attributes, RETRY_OF: trial.number})
+        study.tell(trial.number, state=TrialState.FAIL)
+    return [trial.number for trial in left]
+
+
+def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, Any]]) -> None:
+    """Queues the points of a campaign file that are not in the study yet. Raises UserError for one outside space."""
+    known = {trial.user_attrs.get(ENQUEUED) for trial in study.get_trials(deepcopy=False)}
+    params = [{key: space.param(key, value) for key, value in point.items()} for point in points]
+    for index, point in enumerate(params):
+        if index not in known:
+            study.enqueue_trial(point, user_attrs={ENQUEUED: index})
+
+
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether a trial was done and met every constraint."""
+    return trial.state == TrialState.COMPLETE and all(value <= 0 for value in trial.constraints.values())
+
+
+def best_of(trials: Iterable[FrozenTrial], ways: Sequence[str]) -> list[FrozenTrial]:
+    """Feasible trials that none beats in every objective, each point once, the best in the first objective first."""
+    signs = [1 if way == "minimize" else -1 for way in ways]
+    points: dict[tuple[float, ...], FrozenTrial] = {}
+    for trial in trials:
+        if feasible(trial) and all(math.isfinite(value) for value in trial.values):
+            points.setdefault(tuple(sign * value for sign, value in zip(signs, trial.values, strict=True)), trial)
+    front = [one for one in points if not any(other != one and _covers(other, one) for other in points)]
+    return [points[one] for one in sorted(front)]
+
+
+def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return all(a <= b for a, b in zip(one, other, strict=True))
+
+
+def unmet(trials: Iterable[FrozenTrial]) -> dict[str, float]:
+    """Constraint -> by how much the trial that comes nearest misses it, for those that no trial met."""
+    misses: dict[str, float] = {}
+    for trial in trials:
+        for name, value in trial.constraints.items() if trial.state == TrialState.COMPLETE else ():
+            misses[name] = min(value, misses.get(name, math.inf))
+    return {name: miss for name, miss in misses.items() if miss > 0}
