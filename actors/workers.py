@@ -141,7 +141,7 @@ class Workers:
         if forking():
             options.pop("runtime_env", None)  # it spares Ray Train's actors the imports, which forks need not do
         options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        remote: Any = ray.remote(concurrency_groups=groups)(kind)  # type: ignore[call-overload]
+        remote: Any = ray.remote(concurrency_groups=groups)(kind)  # type: ignore[call-overload]  # Ray's types lack it
         alone = len(pool.edges) == 1
         actor = remote.options(**options).remote(self._settings, self._private_dir, pool.name, alone)
         ready = actor.equip.remote(*self.equipment, pool.name if self.warm else None)

@@ -85,7 +85,8 @@ class Remembered:
 
 def pruning(small: bool) -> None:
     """Rounds and best loss with and without the pruner."""
-    rows, curves = [], {}  # type: ignore[var-annotated]
+    rows: list[dict[str, Any]] = []
+    curves: dict[str, list[Record]] = {}
     for seed in (0, 1, 2):
         row: dict[str, Any] = {"seed": seed}
         for pruner in ("none", "hyperband"):
@@ -122,7 +123,8 @@ class Timed:
     """Passes on to another executor, and notes when each task ended and how long its rounds took."""
 
     def __init__(self, inner: Executor) -> None:
-        self.inner, self.ends = inner, []  # type: ignore[var-annotated]
+        self.inner = inner
+        self.ends: list[tuple[int, float]] = []
         self.rounds: dict[int, float] = {}
 
     def __getattr__(self, name: str) -> Any:

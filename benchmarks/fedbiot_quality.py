@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,12 @@ def row_of(setting: str, seed: int, quick: bool) -> dict[str, Any]:
     fleet = SerialFleet(run, method)
     fleet.open()
     if SETTINGS[setting].get("pooled"):
-        fleet.sites["all"].data = Pool([data.train for data in rows.values()])  # type: ignore[assignment]
+        everything: Any = Pool([data.train for data in rows.values()])
+        fleet.sites["all"].data = everything
     server = server_site(run, method, [])
     done = list(federate(method, fleet, server, rounds=run.rounds, seed=run.seed, evaluate_every=0))
     views = method.weights(done[-1].state, server)
-    made = {name: (lambda view=view: view.on(server.base)) for name, view in views.items()}  # type: ignore[misc]
+    made = {name: partial(view.on, server.base) for name, view in views.items()}
     found = losses(server, made, rows)
     last, first = done[-1].reports[0], done[0].reports[0]
     site = fleet.sites[last.edge]

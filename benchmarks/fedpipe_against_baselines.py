@@ -91,7 +91,8 @@ def settings_of(task: str, arm: str, rounds: int, rate: float, seed: int, rows: 
 def key_of(task: str, settings: list[str]) -> str:
     """Of a run: its settings, and the method's with its defaults, so that a changed default is another run."""
     run = load_run(ROOT / TASKS[task][0], settings, find_profiles)
-    text = json.dumps([TASKS[task][0], settings, asdict(make_method(run.method))])  # type: ignore[call-overload]
+    method: Any = make_method(run.method)  # a dataclass, which the protocol cannot say
+    text = json.dumps([TASKS[task][0], settings, asdict(method)])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

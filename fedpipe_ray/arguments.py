@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .quantity import parse_quantity
 
@@ -50,6 +51,30 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
+    add_searches(commands, run_file)
+
+    submit = commands.add_parser("submit", parents=[run_file], help="run a configuration as a job of a Ray cluster")
+    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
+    submit.add_argument("--out", metavar="DIR|URL", help="run folder, as the head of the cluster sees it")
+    submit.add_argument(
+        "--env", action="append", default=[], metavar="NAME", help="environment variable to pass on, such as HF_TOKEN"
+    )
+
+    commands.add_parser("methods", help="list the methods and their settings")
+
+    check = commands.add_parser(
+        "check", parents=[run_file], help="check everything that can be checked without training"
+    )
+    check.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="only whether all edges find room on the cluster of a `ray up` or KubeRay file",
+    )
+    return top
+
+
+def add_searches(commands: Any, run_file: argparse.ArgumentParser) -> None:
+    """The commands that search settings, `tune` and `allocate`."""
     tune = commands.add_parser("tune", help="search run settings: many trials, the best as a run file")
     tune.add_argument("config", type=Path, metavar="CAMPAIGN", help="a campaign file")
     tune.add_argument("overrides", nargs="*", metavar="key=value", help="of the campaign, such as trials=50")
@@ -79,25 +104,6 @@ def parser() -> argparse.ArgumentParser:
     )
     allocate.add_argument("--sampler", default="tpe", help="tpe (default), gp, nsga2, cmaes, qmc, random")
     allocate.add_argument("--out", type=on_disk, metavar="DIR", help="default: runs/allocate-NAME")
-
-    submit = commands.add_parser("submit", parents=[run_file], help="run a configuration as a job of a Ray cluster")
-    submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
-    submit.add_argument("--out", metavar="DIR|URL", help="run folder, as the head of the cluster sees it")
-    submit.add_argument(
-        "--env", action="append", default=[], metavar="NAME", help="environment variable to pass on, such as HF_TOKEN"
-    )
-
-    commands.add_parser("methods", help="list the methods and their settings")
-
-    check = commands.add_parser(
-        "check", parents=[run_file], help="check everything that can be checked without training"
-    )
-    check.add_argument(
-        "--cluster",
-        metavar="FILE",
-        help="only whether all edges find room on the cluster of a `ray up` or KubeRay file",
-    )
-    return top
 
 
 def quantity(unit: str, text: str) -> float:

@@ -53,8 +53,10 @@ def virtual_seconds(profile: Profile, flops: float, bytes_down: int, bytes_up: i
 
 def linked(profile: Profile, numbers: Mapping[str, float]) -> Profile:
     """`profile` with the link rates that an order's numbers state: those of a method that has a channel of its own."""
-    rates = {name: numbers[name] for name in ("uplink_bps", "downlink_bps") if name in numbers}
-    return dataclasses.replace(profile, **rates) if rates else profile  # type: ignore[arg-type]
+    if not numbers.keys() & {"uplink_bps", "downlink_bps"}:
+        return profile
+    up, down = numbers.get("uplink_bps", profile.uplink_bps), numbers.get("downlink_bps", profile.downlink_bps)
+    return dataclasses.replace(profile, uplink_bps=up, downlink_bps=down)
 
 
 def matmul_parameters(model: nn.Module) -> tuple[int, int, int]:

@@ -8,10 +8,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import peft
 
@@ -20,7 +20,7 @@ from .data import inspect, open_data
 from .display import Display
 from .errors import EdgeError, UserError
 from .evaluate import Metrics, combine, evaluate, generate
-from .fleet import classes_of
+from .fleet import Fleet, classes_of
 from .message import Message, write_atomically
 from .methods.base import Method
 from .model import Base
@@ -30,6 +30,7 @@ from .run import Experiment, MakeFleet, first_view, preflight, server_site
 from .settings import Data, Run
 from .site import Site
 
+T = TypeVar("T")
 Table = dict[str, Any]  # {"global": Metrics, "edges": {name: Metrics}}
 
 
@@ -164,13 +165,21 @@ def plan_run(run: Run, make_fleet: MakeFleet, display: Display) -> tuple[float, 
     survey = getattr(method, "survey", None)
     if survey is None:
         raise UserError(f"method.name: {run.method['name']} gives every edge the same; fedpipe is the one that plans")
+    found: tuple[float, dict[str, EdgePlan]]
+    found, _ = asked_of_edges(run, method, make_fleet, display, survey)
+    return found
+
+
+def asked_of_edges(
+    run: Run, method: Method, make_fleet: MakeFleet, display: Display, ask: Callable[[Fleet, Site], T]
+) -> tuple[T, Site]:
+    """(what `ask` finds out with the fleet and the server's site, that site); the fleet is opened for it alone."""
     with tempfile.TemporaryDirectory(prefix="fedpipe-plan-") as place:
         experiment = Experiment(run, method, RunFolder(Path(place)), make_fleet, display)
         try:
             experiment.open()
             with display.watching(experiment.fleet, "scoring the candidate weights"):
-                found: tuple[float, dict[str, EdgePlan]] = survey(experiment.fleet, experiment.server)
-            return found
+                return ask(experiment.fleet, experiment.server), experiment.server
         finally:
             experiment.fleet.close()
 

@@ -78,8 +78,7 @@ def train(
     The gradient of a step is that of the mean over all its loss terms, however `accumulate` and a process group split
     the batch; tokens and loss are those of the whole batch on every process.
     penalty: added to that mean, its gradient too, but not to the losses that are told. on_step(step, steps, loss,
-    tokens) is called after every step. Raises DivergedError on a loss or gradient that is
-    not finite.
+    tokens) is called after every step. Raises DivergedError on a loss or gradient that is not finite.
     """
     steps = steps_of(local, len(rows))
     weights, (rank, ranks) = [p for p in model.parameters() if p.requires_grad], process_group()
@@ -96,19 +95,10 @@ def train(
                 group["lr"] = learning_rate(local, round * steps + step, rounds * steps)
             parts = np.array_split(drawn[rank::ranks], local.accumulate)  # strided: rows of a batch rise in length
             batches = [collate(rows, list(part), pad_id, classifier) for part in parts if len(part)]
-            terms, passed = summed_over_group(
-                device, sum(batch.units for batch in batches), sum(batch.tokens.numel() for batch in batches)
-            )
-            loss = 0.0
-            for batch in batches:
-                with autocast(device, local.precision):
-                    summed = objective(model, batch, device)
-                (summed / terms).backward()
-                loss += float(summed.detach()) / terms
+            loss, terms, passed = backward(model, batches, objective, local.precision, device)
             if penalty is not None:
                 (penalty() / ranks).backward()  # the group sums it up again
             if ranks > 1:
-                (loss,) = summed_over_group(device, loss)
                 sum_gradients(weights)
             norm = torch.nn.utils.clip_grad_norm_(weights, local.clip)
             if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
@@ -125,6 +115,21 @@ def train(
         optimizer.zero_grad(set_to_none=True)
     typical = float(np.median(seconds[1:] or seconds))
     return Trained(steps * local.batch, steps, tokens, total_loss / max(1, units), typical)
+
+
+def backward(
+    model: Any, batches: Sequence[Batch], objective: Objective, precision: str, device: torch.device
+) -> tuple[float, float, float]:
+    """Adds this process's part of a step's gradient; (mean loss a loss term, loss terms, tokens) of all processes."""
+    units, tokens = sum(batch.units for batch in batches), sum(batch.tokens.numel() for batch in batches)
+    terms, passed = summed_over_group(device, units, tokens)
+    loss = 0.0
+    for batch in batches:
+        with autocast(device, precision):
+            summed = objective(model, batch, device)
+        (summed / terms).backward()
+        loss += float(summed.detach()) / terms
+    return summed_over_group(device, loss)[0], terms, passed
 
 
 def process_group() -> tuple[int, int]:

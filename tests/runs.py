@@ -20,8 +20,13 @@ import psutil
 from fedpipe_ray.__main__ import main
 from fedpipe_ray.config import load_run
 from fedpipe_ray.fleet import Fleet, SerialFleet
+from fedpipe_ray.message import Message
+from fedpipe_ray.methods import make_method
 from fedpipe_ray.methods.base import Method
+from fedpipe_ray.randomness import rng_for
+from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
+from fedpipe_ray.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -240,3 +245,13 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
+
+
+def opened_run(run_file: Path, *overrides: str) -> tuple[SerialFleet, Any, Site, Message]:
+    """A fleet in this process, its method, the server, and the state before round 0."""
+    run = load(run_file, *overrides)
+    method = make_method(run.method)
+    fleet = SerialFleet(run, method)
+    fleet.open()
+    server = server_site(run, method, fleet.classes)
+    return fleet, method, server, method.start(server, rng_for(run.seed, 0, "start"))

@@ -17,7 +17,7 @@ CLASSES = ("data.task=classification", "data.text='{question}'", "data.label=kin
 
 
 @pytest.fixture
-def refuse(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> Refuse:
+def assert_run_refused(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> Refuse:
     """`run` of the tiny run file with overrides, which must fail and leave no folder."""
 
     def check(says: str, *overrides: str, more: str = "") -> str:
@@ -47,8 +47,8 @@ def refuse(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -
         ("out: zwölf", "cannot read ... tiny.yaml: 'utf-8' codec can't decode byte"),
     ],
 )
-def test_run_file(more: str, says: str, refuse: Refuse) -> None:
-    refuse(says, more=more)
+def test_run_file(more: str, says: str, assert_run_refused: Refuse) -> None:
+    assert_run_refused(says, more=more)
 
 
 @pytest.mark.parametrize("text", ["", "- rounds", "rounds"])
@@ -153,21 +153,23 @@ def test_no_run_file(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_pat
         ("data.response=hello", "data.response: 'hello' names no column, so all rows would be alike; write one"),
     ],
 )  # fmt: skip
-def test_overrides(override: str, says: str, refuse: Refuse) -> None:
-    refuse(says, override)
+def test_overrides(override: str, says: str, assert_run_refused: Refuse) -> None:
+    assert_run_refused(says, override)
 
 
-def test_every_mistake_is_named(refuse: Refuse) -> None:
-    refuse("rounds: 'x' is not valid ... unknown key local.stepz", "local.stepz=3", "rounds=x")
+def test_every_mistake_is_named(assert_run_refused: Refuse) -> None:
+    assert_run_refused("rounds: 'x' is not valid ... unknown key local.stepz", "local.stepz=3", "rounds=x")
 
 
-def test_profile_file(refuse: Refuse, tmp_path: Path) -> None:
+def test_profile_file(assert_run_refused: Refuse, tmp_path: Path) -> None:
     """Its mistakes are found as if it stood in the run file."""
     (tmp_path / "mine.yaml").write_text("defaults: {cpus: 1, uplink: 5}\nedges: {worker: {count: 2}}\n")
     says = "unknown key fleet.edges.worker-0.uplink; did you mean uplink_bps? ... worker-1.uplink"
-    refuse(says, "fleet={profiles: mine.yaml}")
+    assert_run_refused(says, "fleet={profiles: mine.yaml}")
     (tmp_path / "mine.yaml").write_text("edges: {worker: {count: many}}\n")
-    refuse("mine.yaml: edges.worker.count: 'many' must be a whole number above 0", "fleet={profiles: mine.yaml}")
+    assert_run_refused(
+        "mine.yaml: edges.worker.count: 'many' must be a whole number above 0", "fleet={profiles: mine.yaml}"
+    )
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_path: Path) -> None:
@@ -235,12 +237,14 @@ def broken_model(model_dir: Path, tmp_path: Path) -> Path:
         ("tokenizer.json", b"{}", "KeyError: ... (the folder must hold config.json"),
     ],
 )
-def test_broken_model(file: str, content: bytes | None, says: str, broken_model: Path, refuse: Refuse) -> None:
+def test_broken_model(
+    file: str, content: bytes | None, says: str, broken_model: Path, assert_run_refused: Refuse
+) -> None:
     if content is None:
         (broken_model / file).unlink()
     else:
         (broken_model / file).write_bytes(content)
-    refuse(f"model.name: cannot load '{broken_model}': ... {says}", f"model.name={broken_model}")
+    assert_run_refused(f"model.name: cannot load '{broken_model}': ... {says}", f"model.name={broken_model}")
 
 
 GOOD = '{"question": "one", "answer": "two", "kind": "x"}\n'
@@ -264,43 +268,51 @@ GOOD = '{"question": "one", "answer": "two", "kind": "x"}\n'
         ("short.jsonl", GOOD.replace("two", ""), "no training row in ... dropped_empty 1 ... raise data.max_length"),
     ],
 )  # fmt: skip
-def test_broken_data(file: str, content: str | bytes, says: str, refuse: Refuse, tmp_path: Path) -> None:
+def test_broken_data(file: str, content: str | bytes, says: str, assert_run_refused: Refuse, tmp_path: Path) -> None:
     """Only the edge whose data it is has something to say."""
     path = tmp_path / file
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    message = refuse(f"edge b: ... {says}", f"fleet.edges.b.data={path}")
+    message = assert_run_refused(f"edge b: ... {says}", f"fleet.edges.b.data={path}")
     assert "edge a:" not in message
     assert "zw" not in message  # the rows' content stays on the edge
 
 
-def test_divided_data(refuse: Refuse, tmp_path: Path) -> None:
+def test_divided_data(assert_run_refused: Refuse, tmp_path: Path) -> None:
     (tmp_path / "two.jsonl").write_text(GOOD * 2)
     (tmp_path / "many.jsonl").write_text(GOOD * 30)
     shared = f"data.source={tmp_path}/two.jsonl"
-    refuse("partition: 2 row(s) for 3 edges; give data.source at least 3 rows, or use", shared, "data.partition.by=iid")
+    assert_run_refused(
+        "partition: 2 row(s) for 3 edges; give data.source at least 3 rows, or use", shared, "data.partition.by=iid"
+    )
     shared = f"data.source={tmp_path}/many.jsonl"
-    refuse("no column 'flavour'; its columns: 'question'", shared, "data.partition={by: column, column: flavour}")
-    refuse("partition.column: kind has 1 value(s) for 3 edges", shared, "data.partition={by: column, column: kind}")
-    refuse(
+    assert_run_refused(
+        "no column 'flavour'; its columns: 'question'", shared, "data.partition={by: column, column: flavour}"
+    )
+    assert_run_refused(
+        "partition.column: kind has 1 value(s) for 3 edges", shared, "data.partition={by: column, column: kind}"
+    )
+    assert_run_refused(
         "partition.shards: 20 x 3 edges make 60 pieces of 30 rows; use at most 10",
         shared,
         *CLASSES,
         "data.partition={by: shards, shards: 20}",
     )
-    refuse(
+    assert_run_refused(
         "partition.by: cannot import nowhere:f: ... on the path of every edge", shared, "data.partition.by=nowhere:f"
     )
 
 
-def test_classes(refuse: Refuse, tmp_path: Path) -> None:
+def test_classes(assert_run_refused: Refuse, tmp_path: Path) -> None:
     rows = [f'{{"question": "one two {i}", "kind": "x"}}\n' for i in range(40)]
     (tmp_path / "one.jsonl").write_text("".join(rows))
     one = f"data.source={tmp_path}/one.jsonl"
-    refuse("data.label: kind has 1 class(es) over all edges; a classifier needs two or more", *CLASSES, one)
-    refuse("row 4 of ... a.jsonl has 'z'; data.labels has x, y", *CLASSES, "data.labels=[x, y]")
-    refuse("data.labels: ['x'] must be two or more different names", *CLASSES, "data.labels=[x]", one)
-    refuse("data.labels: ['x', 'x'] must be two or more different names", *CLASSES, "data.labels=[x, x]", one)
-    refuse("has no column 'kindd'; its columns: ... did you mean 'kind'?", *CLASSES, "data.label=kindd")
+    assert_run_refused("data.label: kind has 1 class(es) over all edges; a classifier needs two or more", *CLASSES, one)
+    assert_run_refused("row 4 of ... a.jsonl has 'z'; data.labels has x, y", *CLASSES, "data.labels=[x, y]")
+    assert_run_refused("data.labels: ['x'] must be two or more different names", *CLASSES, "data.labels=[x]", one)
+    assert_run_refused(
+        "data.labels: ['x', 'x'] must be two or more different names", *CLASSES, "data.labels=[x, x]", one
+    )
+    assert_run_refused("has no column 'kindd'; its columns: ... did you mean 'kind'?", *CLASSES, "data.label=kindd")
 
 
 # -- the run folder

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from campaigns_made import QUIET, plan_of
 from optuna.trial import TrialState
-from test_campaign import QUIET, plan_of
 
 from actors.pool import TrialPool
 from fedpipe_ray.trial import Event, SerialExecutor

@@ -15,9 +15,9 @@ from typing import Any
 
 import optuna
 import pytest
+from campaigns_made import Curves, Stops, by_rate, campaign, carried_out, plan_of
 from optuna.trial import TrialState
 from runs import ROOT, command, env, free_ports, here
-from test_campaign import Curves, Stops, by_rate, campaign, carried_out, plan_of
 
 from fedpipe_ray.errors import UserError
 from tuning.study import RETRY_OF, open_storage

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same, here, load
+from runs import assert_same, here, load, opened_run
 from test_export import logits
 from toys import CPU
 from transformers import AutoModelForCausalLM
@@ -18,11 +18,9 @@ from transformers import AutoModelForCausalLM
 from fedpipe_ray.errors import DivergedError
 from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.message import Message
-from fedpipe_ray.methods import make_method
 from fedpipe_ray.methods.fedkseed import NOISE_FLOPS, FedKSeed, SeedWeights, probabilities, rate, read
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
-from fedpipe_ray.run import server_site
 from fedpipe_ray.seed_sums import UNIT, forget
 from fedpipe_ray.site import Site, attempt
 from fedpipe_ray.zeroth_order import Direction
@@ -33,13 +31,8 @@ SIZE = LINEAR + 5 * 32  # and the norms
 
 
 def opened(run_file: Path, *overrides: str) -> tuple[SerialFleet, Any, Site, Message]:
-    """A fleet, its method, the server, and the state before round 0."""
-    run = load(run_file, METHOD, *overrides)
-    method = make_method(run.method)
-    fleet = SerialFleet(run, method)
-    fleet.open()
-    server = server_site(run, method, fleet.classes)
-    return fleet, method, server, method.start(server, rng_for(run.seed, 0, "start"))
+    """As `opened_run` says."""
+    return opened_run(run_file, METHOD, *overrides)
 
 
 def orders(method: Any, state: Message, fleet: SerialFleet, server: Site, round: int = 0) -> dict[str, Message]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from refusals import assert_refused
-from runs import here, load, records, tensors
+from runs import here, load, opened_run, records, tensors
 from transformers import AutoModelForCausalLM
 
 from fedpipe_ray import lora, pruning
@@ -32,14 +32,10 @@ UNITS = (2, 64)  # heads and channels of a layer
 
 
 def opened(run_file: Path, *overrides: str) -> tuple[SerialFleet, Jcpba, Site, Message]:
-    """A fleet, its method, the server, and the state before round 0."""
-    run = load(run_file, METHOD, *overrides)
-    method = make_method(run.method)
+    """As `opened_run` says."""
+    fleet, method, server, state = opened_run(run_file, METHOD, *overrides)
     assert isinstance(method, Jcpba)
-    fleet = SerialFleet(run, method)
-    fleet.open()
-    server = server_site(run, method, fleet.classes)
-    return fleet, method, server, method.start(server, rng_for(run.seed, 0, "start"))
+    return fleet, method, server, state
 
 
 def orders_of(fleet: SerialFleet, method: Jcpba, server: Site, state: Message, round: int = 0) -> dict[str, Any]:

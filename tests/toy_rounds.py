@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from runs import fleet_of as opened_fleet
 
 from fedpipe_ray.config import build
 from fedpipe_ray.errors import DivergedError
-from fedpipe_ray.fleet import SerialFleet
+from fedpipe_ray.fleet import Fleet, SerialFleet
 from fedpipe_ray.loop import Round, federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods.base import Weights, weighted_mean
@@ -68,6 +69,7 @@ class Adding(Section):
         return {}
 
 
+FLEETS = ["serial", "packed"]
 FAST = {"uplink_bps": 1e15, "downlink_bps": 1e15, "latency_seconds": 0, "cpus": 0.1}  # links that do not count
 SPEEDS = {
     name: {**FAST, "compute_flops": speed}
@@ -90,3 +92,45 @@ def rounds_of(method: Adding, count: int, edges: Mapping[str, Any] | None = None
     """Rounds of the synchronous loop, without evaluations."""
     fleet, server = fleet_of(method, edges)
     return list(federate(method, fleet, server, rounds=count, seed=0, evaluate_every=0, **options))
+
+
+class Noting:
+    """A fleet that notes whose messages were fetched."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.fetched = fleet, []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.fleet, name)
+
+    def run(self, orders: Mapping[str, Message], round: int) -> Iterator[Report | Lost]:
+        for report in self.fleet.run(orders, round):
+            if isinstance(report, Report):
+                report.fetch = self.noting(report.edge, report.fetch)
+            yield report
+
+    def noting(self, edge: str, fetch: Any) -> Any:
+        def noted() -> Message:
+            self.fetched.append(edge)
+            return fetch()
+
+        return noted
+
+
+def noted_rounds(
+    count: int, edges: Mapping[str, Any] = SPEEDS, kind: str = "serial", method: Adding | None = None, **options: Any
+) -> tuple[list[Round], list[str]]:
+    """(the rounds, whose messages were fetched)."""
+    method = method or Adding()
+    run = toy_run(edges)
+    fleet = Noting(opened_fleet(kind, run, method))
+    try:
+        fleet.open()
+        server = server_site(run, method, [])
+        return list(federate(method, fleet, server, rounds=count, seed=0, evaluate_every=0, **options)), fleet.fetched
+    finally:
+        fleet.close()
+
+
+def x(done: Round) -> float:
+    return float(done.state.tensors["x"])

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from fedpipe_ray.facts import facts_of
 from fedpipe_ray.message import DTYPES, write_atomically
 from fedpipe_ray.methods.fedpipe import FedPipe
 from fedpipe_ray.record import RunFolder
-from fedpipe_ray.run import Experiment, MakeFleet, preflight
+from fedpipe_ray.results import asked_of_edges
+from fedpipe_ray.run import MakeFleet, preflight
 from fedpipe_ray.settings import Run
 from fedpipe_ray.survey import surveyed
 from fedpipe_ray.trial import Executor
@@ -74,15 +76,8 @@ def survey(run: Run, options: argparse.Namespace, make_fleet: MakeFleet, display
     method = preflight(run)
     if not isinstance(method, FedPipe):
         raise UserError(f"method.name: {run.method['name']} has no ranks to allocate; fedpipe has")
-    with tempfile.TemporaryDirectory(prefix="fedpipe-allocate-") as place:
-        experiment = Experiment(run, method, RunFolder(Path(place)), make_fleet, display)
-        try:
-            experiment.open()
-            with display.watching(experiment.fleet, "scoring the candidate weights"):
-                state = surveyed(method, experiment.fleet, experiment.server)
-        finally:
-            experiment.fleet.close()
-    edges, server = run.fleet.edges, experiment.server
+    state, server = asked_of_edges(run, method, make_fleet, display, partial(surveyed, method))
+    edges = run.fleet.edges
     shape, demands = method.shape(server), method.demands(state, edges, server)
     if not options.memory_from_profiles:
         demands = [dataclasses.replace(one, capacity_bytes=math.inf) for one in demands]

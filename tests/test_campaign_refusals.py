@@ -1,0 +1,68 @@
+"""What each bad campaign is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from campaigns_made import Curves, by_rate, campaign, carried_out, plan_of
+from runs import here
+
+from fedpipe_ray.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": {"local.lrr": [1.0]}}, "search.local.lrr: unknown key local.lrr; did you mean lr?"),
+        ({"search": {"method.ranks": [4]}}, "did you mean rank?"),
+        ({"objectives": {"los": "minimize"}}, "objectives.los: no metric 'los'; did you mean loss?"),
+        ({"constraints": {"bytes_upp": 1}}, "constraints: no metric 'bytes_upp'; did you mean bytes_up?"),
+        ({"search": {"local.lr": {"low": 1, "high": 0.1}}}, "from low 1 to high 0.1 is reversed"),
+        ({"search": {"local.lr": {"low": 1, "high": 1}}}, "is empty; low must be below high"),
+        ({"search": {"local.lr": []}}, "search.local.lr: no choices"),
+        ({"search": {"local.lr": {"low": 0, "high": 1, "log": True}}}, "log needs low above 0"),
+        ({"search": {"local.lr": {"low": 0, "hihg": 1}}}, "is no distribution; write {low:"),
+        ({"search": {"local.lr": {"low": -1.0, "high": 1}}}, "local.lr: -1.0 must be above 0"),
+        ({"objectives": {"loss": "minimize", "bytes": "minimize"}, "pruner": "median"}, "Optuna does not prune there"),
+        ({"objectives": {"loss": "minimise"}}, "objectives.loss.way: 'minimise' is not valid"),
+        ({"sampler": "bayes"}, "sampler: 'bayes' is not valid"),
+        ({"constraints": {"virtual_seconds": "3kg"}}, "'3kg' is not a quantity in second"),
+        ({"enqueue": [{"local.lr": 7.0}]}, "enqueue: local.lr: 7.0 lies outside"),
+        ({"enqueue": [{"local.batch": 7}]}, "enqueue: local.batch is not in search"),
+        ({"trails": 3}, "unknown key trails; did you mean trials?"),
+        ({"storage": "postgres//x"}, "storage: postgres//x is no URL"),
+        ({"parallel": 2}, "only on Ray; set fleet.ray: true"),
+    ],
+)  # fmt: skip
+def test_bad_campaigns_are_told_what_to_change(
+    run_file: Path, tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here("tune", campaign(run_file, **changes), "--out", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_constraint_that_no_trial_meets_is_named(run_file: Path, tmp_path: Path) -> None:
+    """Rounds of 1 s, two a trial, so 2 s; 1.5 are allowed."""
+    limits = {"virtual_seconds": "1500ms", "bytes": 1000}
+    plan = plan_of(run_file, constraints=limits, pruner="none")
+    with pytest.raises(UserError, match=r"virtual_seconds <= 1\.5: the nearest trial misses it by 0\.5$"):
+        carried_out(plan, tmp_path, Curves(by_rate))
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_study_of_another_campaign_is_refused(run_file: Path, tmp_path: Path) -> None:
+    carried_out(plan_of(run_file), tmp_path, Curves(by_rate))
+    other = plan_of(run_file, search={"method.rank": [2]})
+    with pytest.raises(UserError, match="study 'campaign' belongs to another campaign: search differ"):
+        carried_out(other, tmp_path, Curves(by_rate))
+    more = carried_out(plan_of(run_file, trials=6), tmp_path, Curves(by_rate))  # more trials are the same campaign
+    assert len(more) == 6
+
+
+def test_a_database_that_is_not_there(run_file: Path, tmp_path: Path) -> None:
+    plan = plan_of(run_file, storage="postgresql://me:secret@127.0.0.1:1/none")
+    with pytest.raises(UserError, match=r"storage: postgresql://me@127\.0\.0\.1:1/none cannot be reached: ") as caught:
+        carried_out(plan, tmp_path, Curves(by_rate))
+    assert "secret" not in str(caught.value)

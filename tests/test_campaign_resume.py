@@ -1,0 +1,87 @@
+"""A driver that goes away: what a kill leaves, and that no trial is lost or doubled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from campaigns_made import Curves, Stops, by_rate, campaign, carried_out, plan_of
+from optuna.trial import TrialState
+from runs import ROOT, command, env, here
+
+from tuning.study import RETRY_OF, mended, open_storage, recover, sampler_of
+from tuning.tune import study_of
+
+
+@pytest.mark.parametrize("events", [0, 1, 2, 3, 7, 8, 11])
+def test_no_trial_is_lost_or_doubled_wherever_a_driver_goes_away(run_file: Path, tmp_path: Path, events: int) -> None:
+    plan = plan_of(run_file, trials=6, parallel=3, pruner="none", enqueue=[{"local.lr": 0.05}, {"method.rank": 2}])
+    with pytest.raises(KeyboardInterrupt):
+        carried_out(plan, tmp_path, Stops(by_rate, events))
+    before = {t.number: t for t in study_of(plan, tmp_path).trials}
+    trials = carried_out(plan, tmp_path, Curves(by_rate))
+    tried_again = {t.user_attrs[RETRY_OF]: t for t in trials if RETRY_OF in t.user_attrs}
+    running = {n for n, t in before.items() if t.state == TrialState.RUNNING}
+    assert tried_again.keys() == running
+    assert all(tried_again[n].params == before[n].params for n in running)
+    assert all(trials[n].value == t.value for n, t in before.items() if t.state == TrialState.COMPLETE)
+    assert [t.state for t in trials].count(TrialState.COMPLETE) == 6
+    assert sum("enqueued" in t.user_attrs and t.state == TrialState.COMPLETE for t in trials) == 2
+    assert carried_out(plan, tmp_path, Curves(by_rate)) == trials  # nothing is left to do
+
+
+def test_a_kill_between_copy_and_failure_makes_no_second_copy(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    study.enqueue_trial(trial.params, user_attrs={RETRY_OF: 0})  # and here the driver was killed
+    assert recover(study) == [0]
+    assert recover(study) == []
+    assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
+    assert study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}).params == trial.params
+
+
+def test_a_torn_line_of_the_journal_is_taken_away(tmp_path: Path) -> None:
+    plain = optuna.create_study(storage=open_storage(None, tmp_path), study_name="s")
+    plain.tell(plain.ask(), 1.0)
+    path = tmp_path / "journal.log"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code": 4, "wor')
+    os.symlink(path, tmp_path / "journal.log.lock")
+    assert mended(path).read_bytes() == whole
+    again = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
+    again.tell(again.ask(), 2.0)
+    assert [t.value for t in again.trials] == [1, 2]
+
+
+def test_a_sampler_that_goes_on_does_not_begin_again() -> None:
+    draws = {
+        done: optuna.create_study(sampler=sampler_of("random", 0, done, 1)).ask().suggest_float("x", 0, 1)
+        for done in (0, 1, 2)
+    }
+    assert len(set(draws.values())) == 3
+
+
+def test_kill_minus_nine_and_go_on(run_file: Path, tmp_path: Path) -> None:
+    """A driver in a process of its own, killed while it trains; then the same command."""
+    out, path = tmp_path / "out", campaign(run_file, trials=6, pruner="none", set={"rounds": 3})
+    with (tmp_path / "log").open("w") as file:
+        process = subprocess.Popen(command("tune", path, "--out", out), cwd=ROOT, env=env(), stdout=file, stderr=file)
+    deadline = time.monotonic() + 240
+    while len(list((out / "trials").glob("*.jsonl"))) < 2:
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert here("tune", path, "--out", out) == 0
+    trials = optuna.load_study(study_name="campaign", storage=open_storage(None, out)).trials
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    assert len(done) == 6
+    assert len(trials) - 6 == sum(RETRY_OF in trial.user_attrs for trial in trials) <= 1
+    assert sorted(int(file.stem) for file in (out / "trials").glob("*.jsonl")) == [trial.number for trial in done]
+    assert all(len(file.read_text().splitlines()) == 3 for file in (out / "trials").glob("*.jsonl"))
