@@ -114,6 +114,9 @@ def overhead(small: bool) -> None:
 def _executor(kind: str, plan: Plan, parallel: int) -> Callable[[], Executor]:
     if kind == "in this process":
         return SerialExecutor
+    from actors.connect import set_environment
+
+    set_environment(None)  # before anything imports ray
     from actors.pool import TrialPool
 
     return lambda: TrialPool(plan.base, parallel, own_fleet=False)
