@@ -68,8 +68,7 @@ def one(name: str, bits: int, threads: int, folder: Path) -> list[dict[str, Any]
         foreseen = found.seconds(batch * LENGTH, training_flops(model, 1))
         bytes_foreseen = found.memory_bytes(batch * LENGTH, matmul_parameters(model)[2])
         rows.append({
-            "model": name, "M parameters": sum(p.numel() for p in base.model.parameters()) / 1e6, "bits": bits,
-            "batch": batch, "rank": rank, "seconds": seconds, "predicted s": foreseen,
+            "bits": bits, "batch": batch, "rank": rank, "seconds": seconds, "predicted s": foreseen,
             "error %": 100 * (foreseen / seconds - 1), "MiB": memory / 2**20, "predicted MiB": bytes_foreseen / 2**20,
             "error % of MiB": 100 * (bytes_foreseen / memory - 1), "base MiB": stored_bytes(base.model) / 2**20,
             "above level MiB": (status_bytes("VmHWM") - level) / 2**20,
@@ -83,13 +82,15 @@ def main(threads: int) -> None:
     for name, make in MODELS.items():
         with tempfile.TemporaryDirectory() as place:
             torch.manual_seed(0)
-            make().save_pretrained(place)
+            model = make()
+            model.save_pretrained(place)
+            about = {"model": name, "M parameters": model.num_parameters() / 1e6}
             AutoConfig.from_pretrained(place)
             _tokenizer().save_pretrained(place)
             for bits in (16, 8, 4):
                 command = [sys.executable, "-m", "benchmarks.cost_model", name, str(bits), str(threads), place]
                 ended = subprocess.run(command, capture_output=True, text=True, check=True)
-                rows += json.loads(ended.stdout.splitlines()[-1])
+                rows += [{**about, **row} for row in json.loads(ended.stdout.splitlines()[-1])]
                 worst = max(abs(row["error %"]) for row in rows)
                 print(name, bits, f"worst error so far: {worst:.1f} % of seconds", flush=True)
                 publish("cost_model", "A step predicted from two calibration points, and measured", rows, seed=0)
