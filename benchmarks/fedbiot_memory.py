@@ -109,7 +109,7 @@ def edge(path: Path) -> None:
     report, update = attempt(site, order, 0)
     assert update is not None, report
     print(json.dumps({
-        "MiB": (status_bytes("VmHWM") - level) / 2**20, "own MiB": report.cost.training_memory_bytes / 2**20,
+        "MiB": (status_bytes("VmHWM") - level) / 2**20,
         "held": held, "GFLOP": report.cost.flops / 1e9, "s a step": report.cost.step_seconds,
         "MB down once": sum(t.numel() * t.element_size() for t in order.kept.values()) / 1e6,
         "kB down a round": sum(t.numel() * t.element_size() for t in order.rest.values()) / 1e3,
