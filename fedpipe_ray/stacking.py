@@ -2,13 +2,13 @@
 
 A pair is (b [m, rank], a [rank, n]). LoRA's scale alpha / rank is constant over ranks and left out. No m x n matrix is
 formed: thin QR of both stacks and the SVD of their small core (FLoRA, arXiv 2409.05976; FlexLoRA, arXiv 2402.11505).
-Ours: aggregating changes, orthonormal A, filled rows.
+Ours: aggregating changes, orthonormal A, filled rows, Cholesky QR where it is as good as float32 can tell.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -48,6 +48,7 @@ def low_rank(
     *,
     split: Split = "orthonormal",
     fill: torch.Tensor | None = None,
+    tolerance: float = 0.0,
 ) -> Truncated:
     """The product of `rank` nearest to b_hat [m, R] a_hat [R, n] in Frobenius norm (Eckart-Young); shapes never change.
 
@@ -56,17 +57,18 @@ def low_rank(
     Where singular values are zero (rounding noise beside sum_j |b_j| |a_j|), b is zero, and so is a without `fill`:
     such a pair never trains, as both its gradients vanish. With fill [any, n], for instance the A before, a's free
     rows are fill's, in order, projected off the rows in use and orthonormalised; a fixed random draw follows where fill
-    has too few directions, and zeros where n has (ours). The product is the same. Raises ValueError for a rank below 1.
+    has too few directions, and zeros where n has (ours). The product is the same. tolerance: see `orthogonal`; singular
+    values are relatively as exact as it says. Raises ValueError for a rank below 1.
     """
     if rank < 1:
         raise ValueError(f"rank: {rank} must be at least 1")
     b, a = b_hat.detach().double(), a_hat.detach().double()
-    q_b, r_b = torch.linalg.qr(b)  # [m, min(m, R)], [min(m, R), R]
-    q_a, r_a = torch.linalg.qr(a.T)  # [n, min(n, R)], [min(n, R), R]
+    q_b, r_b = orthogonal(b, tolerance)  # W -> Q_b W [m, ...], [min(m, R), R]
+    q_a, r_a = orthogonal(a.T, tolerance)  # W -> Q_a W [n, ...], [min(n, R), R]
     u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     noise = max(len(b), a.shape[1]) * torch.finfo(torch.float64).eps * (b.norm(dim=0) * a.norm(dim=1)).sum()
     kept = min(rank, int((s > noise).sum()))
-    u, v = q_b @ u[:, :kept], vt[:kept] @ q_a.T  # [m, kept], [kept, n]
+    u, v = q_b(u[:, :kept]), q_a(vt[:kept].T).T  # [m, kept], [kept, n]
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # [1, kept]
     left = s[:kept].sqrt() if split == "sqrt" else s[:kept]
     right = left if split == "sqrt" else torch.ones_like(left)
@@ -75,6 +77,28 @@ def low_rank(
     if fill is not None:
         wide_a[kept:] = complement(v, fill.detach().double(), rank - kept)
     return Truncated(wide_b, wide_a, singular, float(s[kept:].norm())).to(b_hat.dtype)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far from orthonormal factors may be that are then rounded to `dtype`: a hundredth of its own rounding."""
+    return torch.finfo(dtype).eps / 100
+
+
+def orthogonal(x: torch.Tensor, tolerance: float) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """(W -> Q W, R) of the thin QR of x [m, R] in float64; Q need not be formed.
+
+    tolerance > 0: Q = x R^-1 with the Cholesky factor R of the Gram matrix of x's columns, scaled to length one, if
+    ||Q^T Q - I||, about eps ||R^-1||_F^2, stays below it: one matrix product. Householder's QR costs four times as much
+    and is taken otherwise, as for columns that depend on others.
+    """
+    length = x.norm(dim=0)  # [R]
+    if tolerance > 0 and x.shape[1] <= len(x) and bool(length.all()):
+        root, failed = torch.linalg.cholesky_ex(x.T @ x / (length[:, None] * length), upper=True)  # [R, R]
+        inverse = torch.linalg.solve_triangular(root, torch.eye(len(root), dtype=x.dtype, device=x.device), upper=True)
+        if not failed and torch.finfo(x.dtype).eps * float(inverse.square().sum()) <= tolerance:
+            return lambda w: x @ ((inverse / length[:, None]) @ w), root * length
+    q, r = torch.linalg.qr(x)
+    return lambda w: q @ w, r
 
 
 def complement(used: torch.Tensor, fill: torch.Tensor, count: int) -> torch.Tensor:
@@ -155,8 +179,9 @@ def truncate(
     split: Split = "orthonormal",
     fill: torch.Tensor | None = None,
 ) -> Truncated:
-    """sum_i p_i B_i A_i at `rank` (FlexLoRA, HLoRA), in the first pair's dtype."""
-    return low_rank(*concatenate(pairs, weights), rank, split=split, fill=fill).to(pairs[0][0].dtype)
+    """sum_i p_i B_i A_i at `rank` (FlexLoRA, HLoRA), in the first pair's dtype, and as exact as that is."""
+    dtype = pairs[0][0].dtype
+    return low_rank(*concatenate(pairs, weights), rank, split=split, fill=fill, tolerance=tolerance_of(dtype)).to(dtype)
 
 
 def pad(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
@@ -166,12 +191,21 @@ def pad(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
     """
     b = torch.zeros(len(pairs[0][0]), rank, dtype=torch.float64, device=pairs[0][0].device)  # [m, rank]
     a = torch.zeros(rank, pairs[0][1].shape[1], dtype=torch.float64, device=pairs[0][1].device)  # [rank, n]
-    for (own_b, own_a), weight in zip(pairs, weights, strict=True):
-        if len(own_a) > rank:
-            raise ValueError(f"a pair of rank {len(own_a)} cannot be padded to {rank}; raise the global rank")
-        b[:, : len(own_a)] += weight * own_b.detach().double()
-        a[: len(own_a)] += weight * own_a.detach().double()
+    for pair, weight in zip(pairs, weights, strict=True):
+        add_padded((b, a), pair, weight)
     return b.to(pairs[0][0].dtype), a.to(pairs[0][1].dtype)
+
+
+def add_padded(total: Pair, pair: Pair, weight: float) -> None:
+    """Adds the factors of `pair` times `weight` to those of `total` (float64), in place, zero-padded to its rank.
+
+    Raises ValueError for a pair of higher rank.
+    """
+    (b, a), (own_b, own_a) = total, pair
+    if len(own_a) > len(a):
+        raise ValueError(f"a pair of rank {len(own_a)} cannot be padded to {len(a)}; raise the global rank")
+    b[:, : len(own_a)] += weight * own_b.detach().double()
+    a[: len(own_a)] += weight * own_a.detach().double()
 
 
 def leading(b: torch.Tensor, a: torch.Tensor, rank: int) -> Pair:

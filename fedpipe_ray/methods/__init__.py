@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 METHODS = {
     "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
     "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
+    "fedex_lora": "fedpipe_ray.methods.fedex_lora:FedExLora",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
+    "flexlora": "fedpipe_ray.methods.flexlora:FlexLora",
+    "flora": "fedpipe_ray.methods.flora:Flora",
     "full": "fedpipe_ray.methods.full:Full",
+    "hetlora": "fedpipe_ray.methods.hetlora:HetLora",
     "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
     "lora": "fedpipe_ray.methods.lora:Lora",
+    "lora_fair": "fedpipe_ray.methods.lora_fair:LoraFair",
+    "zeropad": "fedpipe_ray.methods.zeropad:ZeroPad",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")
 
@@ -50,8 +56,20 @@ def method_class(name: str) -> type:
 def make_method(settings: Mapping[str, Any]) -> Method:
     """The method that the run file's `method` section describes, its hyperparameters checked. Raises UserError."""
     fields = {key: value for key, value in settings.items() if key != "name"}
-    method: Method = build(method_class(settings["name"]), fields, "method")
+    cls = method_class(settings["name"])
+    if "ranks" in fields and not takes_ranks(cls) and hasattr(cls, "rank"):
+        uneven = [name for name in METHODS if takes_ranks(method_class(name))]
+        raise UserError(
+            f"method.ranks: {settings['name']} needs one rank for all edges, method.rank; leave ranks out, or use one "
+            f"that takes unequal ranks: {', '.join(uneven)}"
+        )
+    method: Method = build(cls, fields, "method")
     return method
+
+
+def takes_ranks(cls: Any) -> bool:
+    """Whether a method's edges may be told ranks of their own."""
+    return any(field.name == "ranks" for field in dataclasses.fields(cls))
 
 
 def listing() -> list[str]:

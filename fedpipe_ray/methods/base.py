@@ -318,16 +318,22 @@ class LoraMethod(Section):
         return {"global": LoraWeights(self.spec(site), state.tensors)}
 
 
-def weighted_mean(state: Message, reports: Iterable[Report | Lost]) -> Message:
+def weighted_mean(
+    state: Message,
+    reports: Iterable[Report | Lost],
+    also: Callable[[Mapping[str, torch.Tensor], float], None] = lambda *_: None,
+) -> Message:
     """Mean of the updates weighted by report.weight, folded one at a time; `state` unchanged if none is usable.
 
     Holds one accumulator of the size of an update beside the one in hand. Sums run in the order of the orders.
+    also(tensors, weight) is told of every update that is used, for rules that sum up more than the factors.
     """
     total, mean = 0.0, {name: torch.zeros(t.shape) for name, t in state.tensors.items()}
     for report, message in arrivals(reports, partial(unlike, like=state.tensors)):
         total += report.weight
         for name, tensor in mean.items():
             tensor.add_(message.tensors[name], alpha=report.weight)
+        also(message.tensors, report.weight)
         del message  # before the next one is fetched
     if total == 0:
         return state

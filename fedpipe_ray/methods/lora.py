@@ -7,6 +7,9 @@ With B_k, A_k the factors of edge k after its local steps and p_k = n_k / sum n 
 as in the paper. The applied update B A differs from sum_k p_k B_k A_k by -sum_k p_k (B_k - B)(A_k - A), which vanishes
 only if the edges agree in one factor. Ours: n_k counts the rows an edge trained on in the round, so an edge with fewer
 steps weighs less; a classifier's head is averaged with the same weights; a round without usable report changes nothing.
+`residual` reports that difference, as a share of what the exact sum is. The sum is no function of the averaged factors,
+so a server that tells it must hold more than them: the updates of up to eight edges, or of sixteen between two cuts,
+where the mean alone holds one. So it is off by default; it changes no other number.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from fedpipe_ray.folding import MEASURED, Sums, pairs_of
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 
@@ -28,7 +32,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(LoraMethod):
-    """FedIT: LoRA, sample-weighted average of A and of B."""
+    """FedIT: LoRA, sample-weighted average of A and of B.
+
+    residual: whether rounds.jsonl tells ||B A - sum p_k B_k A_k|| / ||sum p_k B_k A_k||, which costs memory.
+    """
+
+    residual: bool = False
 
     asynchronous: ClassVar[bool] = True
 
@@ -36,4 +45,11 @@ class Lora(LoraMethod):
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """Sample-weighted mean of every tensor."""
-        return weighted_mean(state, reports)
+        if not self.residual:
+            return weighted_mean(state, reports)
+        sums = Sums(MEASURED * self.rank)
+        after = weighted_mean(state, reports, also=sums.add)
+        if not sums.total:
+            return state
+        applied = {name: [pair] for name, pair in pairs_of(after.tensors).items()}
+        return Message(after.tensors, {**state.numbers, **sums.told(applied, sums.exact())})
