@@ -17,7 +17,7 @@ import torch
 
 from fedpipe_ray import lora
 from fedpipe_ray.errors import UnfitUpdate
-from fedpipe_ray.message import DTYPES, Message
+from fedpipe_ray.message import DTYPES, KEPT, Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section, require
 
@@ -126,11 +126,13 @@ class Method(Protocol):
     `none` = neither model nor data. asynchronous: whether updates that started from older states can be used
     (fleet.mode: buffered). It promises that an order is the state and depends on nothing else but the edge, that an
     update has the tensors of the state, and that `aggregate` moves with its arguments:
-    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does.
+    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does. personal: whether an edge's views need
+    its private state, so that this is brought back for an evaluation.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
     asynchronous: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""
@@ -220,14 +222,15 @@ def fitting(fetch: Callable[[], Message], sent: Message, wire: str, norm_bound: 
     """
     message, squares = fetch(), 0.0
     for name, tensor in message.tensors.items():
-        before = sent.tensors.get(name, tensor)
+        known = sent.tensors.get(name, sent.tensors.get(KEPT + name))
+        before = tensor if known is None else known
         expected = DTYPES[wire] if before.is_floating_point() else before.dtype
         if tensor.dtype != expected:
             found, wanted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, expected))
             raise UnfitUpdate(f"its update has {name} in {found}, not {wanted}")
         if norm_bound is not None:
             change = tensor.double()
-            if name in sent.tensors and before.shape == tensor.shape:
+            if known is not None and before.shape == tensor.shape:
                 change = change - before.to(expected).double()
             squares += float(change.square().sum())
     if norm_bound is not None and norm_bound**2 < squares < math.inf:  # not finite: the method names the tensor
