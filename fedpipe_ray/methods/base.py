@@ -265,7 +265,8 @@ class LoraMethod(Section):
     """Federated training of one LoRA adapter of the same shape on every edge.
 
     rank, alpha: scale alpha / rank; targets: module names, or `all-linear`; dropout: on the adapter's input. The state
-    is the adapter. Subclasses say how updates are aggregated.
+    is the adapter. Subclasses say how updates are aggregated; one that has other variants than plain LoRA has a field
+    `variant` with those of lora.Variant that its mathematics allows.
     """
 
     rank: int = 8
@@ -286,21 +287,23 @@ class LoraMethod(Section):
     def spec(self, site: Site) -> lora.LoraSpec:
         """The adapter this method puts on the model of `site`."""
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
+        variant: lora.Variant = getattr(self, "variant", "plain")
+        return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task, variant=variant)
 
     def check(self, site: Site) -> None:
         """Raises UserError if the model of `site` has no place for the adapter; loads no weights."""
         lora.inject(site.bare(), self.spec(site))
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
-        """A fresh adapter; the head of a classifier as the base model has it."""
+        """A fresh adapter; the head of a classifier and DoRA's magnitudes as the base model has them."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         shapes = {name: tuple(p.shape) for name, p in lora.parameters(server.skeleton(self.spec(server))).items()}
         tensors = lora.initial(shapes, generator)
-        heads = [name for name in tensors if ".lora_" not in name]
-        if heads:
+        given = [name for name in tensors if ".lora_" not in name or ".lora_magnitude_vector" in name]
+        if given:
+            lora.detach(server.base)  # magnitudes are right in a new adapter, whose B is zero
             own = lora.read(lora.attach(server.base, self.spec(server)))
-            tensors.update({name: own[name] for name in heads})
+            tensors.update({name: own[name] for name in given})
         return Message(tensors)
 
     def plan(

@@ -7,6 +7,8 @@ With B_k, A_k the factors of edge k after its local steps and p_k = n_k / sum n 
 as in the paper. The applied update B A differs from sum_k p_k B_k A_k by -sum_k p_k (B_k - B)(A_k - A), which vanishes
 only if the edges agree in one factor. Ours: n_k counts the rows an edge trained on in the round, so an edge with fewer
 steps weighs less; a classifier's head is averaged with the same weights; a round without usable report changes nothing.
+`variant: rslora` changes the scale alone; with `dora` the magnitudes are averaged like the factors, also not exactly:
+the weight m (W0 + s B A) / |W0 + s B A| is linear in none of the three.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 
@@ -28,7 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(LoraMethod):
-    """FedIT: LoRA, sample-weighted average of A and of B."""
+    """FedIT: LoRA, sample-weighted average of A and of B.
+
+    variant: of LoRA, `plain`, `rslora` or `dora`.
+    """
+
+    variant: Variant = "plain"
 
     asynchronous: ClassVar[bool] = True
 
