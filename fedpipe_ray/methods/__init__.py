@@ -15,13 +15,18 @@ if TYPE_CHECKING:
     from .base import Method
 
 METHODS = {
+    "fed_sb": "fedpipe_ray.methods.fed_sb:FedSb",
     "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
     "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
+    "fedsa_lora": "fedpipe_ray.methods.fedsa_lora:FedSaLora",
+    "ffa_lora": "fedpipe_ray.methods.ffa_lora:FfaLora",
     "full": "fedpipe_ray.methods.full:Full",
     "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
     "lora": "fedpipe_ray.methods.lora:Lora",
+    "rolora": "fedpipe_ray.methods.rolora:RoLora",
+    "slora": "fedpipe_ray.methods.slora:SLora",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")
 
