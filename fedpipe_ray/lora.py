@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from .errors import UserError
@@ -25,13 +27,16 @@ from .model import Base, head_names
 TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}
 LINEAR = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
 FROZEN = "frozen"  # PEFT's name of the adapter that acts and is not trained
+Variant = Literal["plain", "rslora", "dora"]
 
 
 @dataclass(frozen=True)
 class LoraSpec:
     """Which adapter: rank and alpha (scale alpha / rank) of every target; targets: module names or `all-linear`.
 
-    ranks: (whole module name, rank) of each target where they differ; the scale stays alpha / rank for all.
+    ranks: (whole module name, rank) of each target where they differ; the scale stays alpha / rank for all. variant:
+    `rslora` has the scale alpha / sqrt(rank) (arXiv 2312.03732); `dora` has it act on the direction of each row of the
+    weight, whose magnitude is trained beside it (arXiv 2402.09353).
     """
 
     rank: int
@@ -40,6 +45,20 @@ class LoraSpec:
     dropout: float = 0.0
     task: str = "causal"
     ranks: tuple[tuple[str, int], ...] = ()
+    variant: Variant = "plain"
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+
+    def alpha_of(self, rank: int) -> float:
+        """The alpha that gives another rank this scale."""
+        return self.scale * (math.sqrt(rank) if self.variant == "rslora" else rank)
+
+    def at(self, rank: int) -> LoraSpec:
+        """The same with `rank` of its rows and columns, at the same scale; itself if that is its rank."""
+        return self if rank == self.rank else dataclasses.replace(self, rank=rank, alpha=self.alpha_of(rank))
 
     @classmethod
     def uneven(cls, like: LoraSpec, ranks: Mapping[str, int]) -> LoraSpec:
@@ -56,11 +75,11 @@ class LoraSpec:
         patterns: dict[str, Any] = {}
         if self.ranks:
             names = [(rf"^{re.escape(name)}$", rank) for name, rank in self.ranks]
-            scale = self.alpha / self.rank
-            patterns = {"rank_pattern": dict(names), "alpha_pattern": {name: scale * rank for name, rank in names}}
+            patterns = {"rank_pattern": dict(names), "alpha_pattern": {n: self.alpha_of(rank) for n, rank in names}}
         return peft.LoraConfig(
             r=self.rank, lora_alpha=alpha, lora_dropout=self.dropout, target_modules=targets,
-            task_type=TASKS[self.task], **patterns, **whole,
+            task_type=TASKS[self.task], use_rslora=self.variant == "rslora", use_dora=self.variant == "dora",
+            **patterns, **whole,
         )  # fmt: skip
 
 
@@ -102,6 +121,23 @@ def attach(base: Base, spec: LoraSpec, frozen: LoraSpec | None = None) -> Any:
     return base.attached[spec, frozen]
 
 
+def attach_changed(base: Base, spec: LoraSpec, kind: str, change: Callable[[str, Any], None]) -> Any:
+    """As `attach`, with PEFT's layers as `change(module name, layer)` leaves them; kept under `kind`."""
+    if (spec, kind) not in base.attached:
+        detach(base)
+        model = inject(base.model, spec)
+        for name, layer in layers(model):
+            change(name, layer)
+        base.attached[spec, kind] = model
+    return base.attached[spec, kind]
+
+
+def layers(model: Any) -> list[tuple[str, Any]]:
+    """(name in the base model, PEFT's layer) of every adapted module."""
+    found = [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]
+    return [(name.removeprefix("base_model.model."), part) for name, part in found]
+
+
 def detach(base: Base) -> None:
     """Takes off what is attached; a module that was trained whole is the base's own again."""
     for attached in base.attached.values():
@@ -120,7 +156,8 @@ def parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def key_of(name: str) -> str:
     """The PEFT key of a parameter of the trained adapter."""
-    return name.replace(".modules_to_save.default", "").replace(".default", "")
+    key = name.replace(".modules_to_save.default", "").replace(".default", "")
+    return key.removesuffix(".weight") if ".lora_magnitude_vector." in key else key  # as PEFT's files have it
 
 
 def _of(model: Any, adapter: str) -> dict[str, torch.nn.Parameter]:
@@ -176,6 +213,13 @@ def save_adapter(
     """
     from safetensors.torch import save
 
+    kept = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(folder / "adapter_model.safetensors", save(kept, metadata={"format": "pt"}))
+    save_config(folder, shapes_of, base_name)
+
+
+def save_config(folder: Path, shapes_of: Any, base_name: str) -> None:
+    """Writes `adapter_config.json` alone."""
     resolved = shapes_of.peft_config["default"]
     config = dataclasses.replace(resolved, base_model_name_or_path=base_name, inference_mode=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -184,6 +228,4 @@ def save_adapter(
     for key in ("target_modules", "modules_to_save"):
         if isinstance(tree.get(key), list):
             tree[key] = sorted(tree[key])
-    kept = {name: tensor.detach().to("cpu").contiguous().clone() for name, tensor in tensors.items()}
-    write_atomically(folder / "adapter_model.safetensors", save(kept, metadata={"format": "pt"}))
     write_atomically(folder / "adapter_config.json", json.dumps(tree, indent=2, sort_keys=True) + "\n")

@@ -51,9 +51,12 @@ def evaluate_folder(
         method = preflight(run)
         site = server_site(run, method, point.classes)
         return views_on_source(site, state, source)
-    experiment = Experiment(run, preflight(run), folder, make_fleet, display)
+    method = preflight(run)
+    experiment = Experiment(run, method, folder, make_fleet, display)
     try:
         experiment.open()
+        if getattr(method, "personal", False):
+            experiment.restore(point.start)
         with display.watching(experiment.fleet, "evaluating the base model"):
             base = experiment.measure(None)
         with display.watching(experiment.fleet, "evaluating the tuned model"):

@@ -200,10 +200,11 @@ class Site:
     def evaluate(self, state: Message | None, split: str, answers: int = 0) -> Metrics:
         """Metrics of a state (None: the base model) on this edge's rows; empty if the split has none.
 
-        Views of the state after the first are reported as `view.metric`. A `sent` edge gets what the method shows.
+        Later views are reported as `view.metric`; some are personal, by the newest `private`. A `sent` edge gets what
+        the method shows.
         """
         torch.set_num_threads(self.run.local.threads)
-        self.progress.status = "evaluating"
+        self.progress.status, self.private = "evaluating", self.private_before(max(self._rests, default=0))
         if self.sent and state is not None:
             self.build(state)
             state = state if state.rest else None
@@ -247,8 +248,7 @@ class Site:
 
     def private_before(self, round: int) -> Message | None:
         """The private state this edge had before `round`: the same however often the round is tried."""
-        known = [r for r in self._rests if r <= round]
-        return self._rests[max(known)] if known else None
+        return self._rests.get(max((known for known in self._rests if known <= round), default=-1))
 
     def keep_private(self, round: int) -> dict[str, str] | None:
         """Makes `private` the state after `round`; on disk too, the last three kept. Returns path and SHA-256."""

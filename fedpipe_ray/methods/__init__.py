@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from .base import Method
 
 METHODS = {
+    "fed_sb": "fedpipe_ray.methods.fed_sb:FedSb",
     "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
     "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
     "fedex_lora": "fedpipe_ray.methods.fedex_lora:FedExLora",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
+    "fedsa_lora": "fedpipe_ray.methods.fedsa_lora:FedSaLora",
+    "ffa_lora": "fedpipe_ray.methods.ffa_lora:FfaLora",
     "flexlora": "fedpipe_ray.methods.flexlora:FlexLora",
     "flora": "fedpipe_ray.methods.flora:Flora",
     "full": "fedpipe_ray.methods.full:Full",
@@ -27,6 +30,8 @@ METHODS = {
     "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
     "lora": "fedpipe_ray.methods.lora:Lora",
     "lora_fair": "fedpipe_ray.methods.lora_fair:LoraFair",
+    "rolora": "fedpipe_ray.methods.rolora:RoLora",
+    "slora": "fedpipe_ray.methods.slora:SLora",
     "zeropad": "fedpipe_ray.methods.zeropad:ZeroPad",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")

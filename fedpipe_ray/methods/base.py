@@ -17,7 +17,7 @@ import torch
 
 from fedpipe_ray import lora
 from fedpipe_ray.errors import UnfitUpdate
-from fedpipe_ray.message import DTYPES, Message
+from fedpipe_ray.message import DTYPES, KEPT, Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section, require
 
@@ -126,11 +126,13 @@ class Method(Protocol):
     `none` = neither model nor data. asynchronous: whether updates that started from older states can be used
     (fleet.mode: buffered). It promises that an order is the state and depends on nothing else but the edge, that an
     update has the tensors of the state, and that `aggregate` moves with its arguments:
-    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does.
+    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does. personal: whether an edge's views need
+    its private state, so that this is brought back for an evaluation.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
     asynchronous: ClassVar[bool] = False
+    personal: ClassVar[bool] = False
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""
@@ -220,14 +222,15 @@ def fitting(fetch: Callable[[], Message], sent: Message, wire: str, norm_bound: 
     """
     message, squares = fetch(), 0.0
     for name, tensor in message.tensors.items():
-        before = sent.tensors.get(name, tensor)
+        known = sent.tensors.get(name, sent.tensors.get(KEPT + name))
+        before = tensor if known is None else known
         expected = DTYPES[wire] if before.is_floating_point() else before.dtype
         if tensor.dtype != expected:
             found, wanted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, expected))
             raise UnfitUpdate(f"its update has {name} in {found}, not {wanted}")
         if norm_bound is not None:
             change = tensor.double()
-            if name in sent.tensors and before.shape == tensor.shape:
+            if known is not None and before.shape == tensor.shape:
                 change = change - before.to(expected).double()
             squares += float(change.square().sum())
     if norm_bound is not None and norm_bound**2 < squares < math.inf:  # not finite: the method names the tensor
@@ -262,7 +265,8 @@ class LoraMethod(Section):
     """Federated training of one LoRA adapter of the same shape on every edge.
 
     rank, alpha: scale alpha / rank; targets: module names, or `all-linear`; dropout: on the adapter's input. The state
-    is the adapter. Subclasses say how updates are aggregated.
+    is the adapter. Subclasses say how updates are aggregated; one that has other variants than plain LoRA has a field
+    `variant` with those of lora.Variant that its mathematics allows.
     """
 
     rank: int = 8
@@ -283,21 +287,23 @@ class LoraMethod(Section):
     def spec(self, site: Site) -> lora.LoraSpec:
         """The adapter this method puts on the model of `site`."""
         targets = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
-        return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
+        variant: lora.Variant = getattr(self, "variant", "plain")
+        return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task, variant=variant)
 
     def check(self, site: Site) -> None:
         """Raises UserError if the model of `site` has no place for the adapter; loads no weights."""
         lora.inject(site.bare(), self.spec(site))
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
-        """A fresh adapter; the head of a classifier as the base model has it."""
+        """A fresh adapter; the head of a classifier and DoRA's magnitudes as the base model has them."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         shapes = {name: tuple(p.shape) for name, p in lora.parameters(server.skeleton(self.spec(server))).items()}
         tensors = lora.initial(shapes, generator)
-        heads = [name for name in tensors if ".lora_" not in name]
-        if heads:
+        given = [name for name in tensors if ".lora_" not in name or ".lora_magnitude_vector" in name]
+        if given:
+            lora.detach(server.base)  # magnitudes are right in a new adapter, whose B is zero
             own = lora.read(lora.attach(server.base, self.spec(server)))
-            tensors.update({name: own[name] for name in heads})
+            tensors.update({name: own[name] for name in given})
         return Message(tensors)
 
     def plan(

@@ -10,6 +10,8 @@ steps weighs less; a classifier's head is averaged with the same weights; a roun
 `residual` reports that difference, as a share of what the exact sum is. The sum is no function of the averaged factors,
 so a server that tells it must hold more than them: the updates of up to eight edges, or of sixteen between two cuts,
 where the mean alone holds one. So it is off by default; it changes no other number.
+`variant: rslora` changes the scale alone; with `dora` the magnitudes are averaged like the factors, also not exactly:
+the weight m (W0 + s B A) / |W0 + s B A| is linear in none of the three.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from fedpipe_ray.folding import MEASURED, Sums, pairs_of
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.settings import require
 
 from .base import LoraMethod, weighted_mean
 
@@ -34,12 +38,21 @@ if TYPE_CHECKING:
 class Lora(LoraMethod):
     """FedIT: LoRA, sample-weighted average of A and of B.
 
-    residual: whether rounds.jsonl tells ||B A - sum p_k B_k A_k|| / ||sum p_k B_k A_k||, which costs memory.
+    variant: of LoRA, `plain`, `rslora` or `dora`. residual: whether rounds.jsonl tells ||B A - sum p_k B_k A_k|| /
+    ||sum p_k B_k A_k||, which costs memory.
     """
 
+    variant: Variant = "plain"
     residual: bool = False
 
     asynchronous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            not (self.residual and self.variant == "dora"),
+            "method.residual: with variant: dora the update is no product of factors; leave residual out",
+        )
 
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator

@@ -1,0 +1,95 @@
+"""RoLoRA: the factors take turns (Chen et al. 2024, arXiv 2409.02346).
+
+The paper's: in odd rounds, from 1, edges train B with A frozen, in even rounds A with B frozen; the server averages
+what was trained. The other factor is the same everywhere, so that each round is exact:
+
+    odd    s B A = sum_k p_k s B_k A          even    s B A = sum_k p_k s B A_k
+
+The residual ||applied - dW*|| / ||dW*|| of every round is 0 but for rounding, and is not computed.
+
+Ours: an edge keeps both factors of the last round in which it took part, and is sent only what changed since: to one
+that takes part in every round, the factor that the round before averaged. Factors are sent in `wire.dtype`, as are
+updates. AdamW starts fresh every round, so no moments outlive a turn. p_k count the rows trained on; a classifier's
+head is trained in every round. Unequal ranks are nested as in `ffa_lora`: an edge of rank r_k trains the first r_k
+columns of B or rows of A, at the global scale s = alpha / rank, and counts as no change of the others. `variant:
+rslora` changes s alone. DoRA is not offered: divided by the norm of its rows, the weight is linear in neither factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from fedpipe_ray import factors, lora
+from fedpipe_ray.message import DTYPES, KEPT, Message
+from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.settings import Profile
+
+from .base import LoraMethod
+
+if TYPE_CHECKING:
+    from fedpipe_ray.site import Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoLora(LoraMethod):
+    """RoLoRA: odd rounds train and average B, even rounds A; each round is exact.
+
+    ranks: of edges whose rank is below `rank`; they train the first rows and columns. variant: of LoRA.
+    """
+
+    ranks: dict[str, int] = field(default_factory=dict)
+    variant: Literal["plain", "rslora"] = "plain"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factors.check_ranks(self.ranks, self.rank)
+
+    def check(self, site: Site) -> None:
+        """Raises UserError for an edge that is not there, and if the model has no place for the adapter."""
+        super().check(site)
+        factors.check_edges(self.ranks, site.run.fleet.edges)
+
+    def rank_of(self, edge: str) -> int:
+        """The rank that an edge trains."""
+        return self.ranks.get(edge, self.rank)
+
+    def plan(
+        self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
+    ) -> Mapping[str, Message | Lost]:
+        """Both factors, to keep, the head, and whose turn it is; edges of one rank share an order."""
+        dtype = DTYPES[server.run.wire.dtype]
+
+        def order(rank: int) -> Message:
+            own = factors.nested(state.tensors, rank)
+            kept = {KEPT + name: tensor.to(dtype) for name, tensor in own.items() if factors.factor(name)}
+            return Message({**kept, **factors.heads(own)}, {"frozen_a": float(frozen(round) == "A")})
+
+        orders = {rank: order(rank) for rank in {self.rank_of(edge) for edge in edges}}
+        return {edge: orders[self.rank_of(edge)] for edge in edges}
+
+    def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
+        """The factor whose turn it is after this round's local steps, and the head."""
+        still = "A" if order.numbers["frozen_a"] else "B"
+        model = lora.attach(site.base, self.spec(site).at(self.rank_of(site.name)))
+        lora.load(model, {**order.kept, **order.rest})
+        with factors.training_only(model, factors.without(lora.parameters(model), still)):
+            site.train(model, rng)
+        return Message(factors.without(lora.read(model), still))
+
+    def aggregate(
+        self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
+    ) -> Message:
+        """The exact mean of the changes of the round's factor; the other one is not touched."""
+        trained: dict[str, torch.Tensor] = factors.without(state.tensors, frozen(round))
+        mean = factors.exact_mean(trained, reports, self.rank_of)
+        return state if mean is None else Message({**state.tensors, **mean}, state.numbers)
+
+
+def frozen(round: int) -> str:
+    """The factor that is not trained in a round, counted from 0."""
+    return "A" if round % 2 == 0 else "B"

@@ -1,0 +1,47 @@
+"""What the rules that train a part of the factors refuse, and who offers which variant of LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from refusals import assert_refused
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("ffa_lora, rank: 4, ranks: {a: 5}", "method.ranks.a: 5 must lie in [1, method.rank: 4]"),
+        ("rolora, rank: 4, ranks: {a: 0}", "method.ranks.a: 0 must lie in [1, method.rank: 4]"),
+        ("ffa_lora, ranks: {z: 1}", "method.ranks: no edge z; there are a, b, c"),
+        ("rolora, ranks: {z: 1}", "method.ranks: no edge z; there are a, b, c"),
+        ("fed_sb, batches: 0", "method.batches: 0 must be at least 1"),
+        ("slora, density: 0", "method.density: 0.0 must lie in (0, 1]"),
+        ("slora, sparse_rounds: 0", "method.sparse_rounds: 0 must be at least 1"),
+        ("slora, sparse_lr: 0", "method.sparse_lr: 0.0 must be above 0"),
+        ("slora, sparse_rounds: 2", "rounds: 2 leave none for LoRA after method.sparse_rounds: 2"),
+        *((f"{name}, variant: dora", "method.variant: 'dora' is not valid: input should be 'plain' or 'rslora'")
+          for name in ("ffa_lora", "rolora", "fed_sb", "slora")),
+        ("fedpipe, variant: dora", "unknown key method.variant"),
+        ("jcpba, variant: rslora", "unknown key method.variant"),
+        ("fedbiot, variant: dora", "unknown key method.variant"),
+    ],
+)  # fmt: skip
+def test_bad_settings(method: str, says: str, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(capsys, "check", run_file, f"method={{name: {method}}}", says=says)
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "says"),
+    [
+        ("ffa_lora, rank: 4, ranks: {a: 1}", "fleet={mode: buffered, buffer: 2, ray: false, edges: {a: {}, b: {}}}",
+         "method.ranks: fleet.mode: buffered needs equal ranks"),
+        ("fedsa_lora", "evaluate.keep=best", "evaluate.keep: best would join ... fedsa_lora needs keep: last"),
+        ("fed_sb", "server.norm_bound=3", "server.norm_bound: 3 bounds changes ... remove it"),
+        ("fed_sb", "rounds=1", "rounds: 1 trains nothing; fed_sb's first round finds A and B, give at least 2"),
+    ],
+)  # fmt: skip
+def test_impossible_pairs(
+    method: str, override: str, says: str, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(capsys, "check", run_file, f"method={{name: {method}}}", override, says=says)
