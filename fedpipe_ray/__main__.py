@@ -202,7 +202,7 @@ def command_export(options: argparse.Namespace) -> None:
     display = Display()
     set_up_logging(display, None)
     clean_up_on_sigterm()
-    what = export_run(options.folder, options.out, options.merge)
+    what = export_run(options.folder, options.out, options.merge, options.edge)
     display.note(f"wrote the {what} to {options.out}")
 
 

@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
     )
 
+    export.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
+
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
