@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .base import Method
 
 METHODS = {
+    "central": "fedpipe_ray.methods.central:Central",
     "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
     "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
     "full": "fedpipe_ray.methods.full:Full",
     "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
+    "local": "fedpipe_ray.methods.local:Local",
     "lora": "fedpipe_ray.methods.lora:Lora",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")
