@@ -15,15 +15,19 @@ if TYPE_CHECKING:
     from .base import Method
 
 METHODS = {
+    "bitfit": "fedpipe_ray.methods.bitfit:BitFit",
     "central": "fedpipe_ray.methods.central:Central",
     "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
     "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
     "full": "fedpipe_ray.methods.full:Full",
+    "head": "fedpipe_ray.methods.head:Head",
     "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
     "local": "fedpipe_ray.methods.local:Local",
     "lora": "fedpipe_ray.methods.lora:Lora",
+    "prefix": "fedpipe_ray.methods.prefix:Prefix",
+    "prompt": "fedpipe_ray.methods.prompt:Prompt",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")
 
