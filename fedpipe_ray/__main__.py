@@ -225,11 +225,11 @@ def command_submit(options: argparse.Namespace) -> int:
     return submit(options.address, command, REPOSITORY, options.env)
 
 
-def command_methods(_: argparse.Namespace) -> None:
-    """The methods, their settings and defaults."""
-    from .methods import listing
+def command_methods(options: argparse.Namespace) -> None:
+    """The methods, a line each; or all about one."""
+    from .methods import details, listing
 
-    print("\n".join(listing()))
+    print("\n".join(listing() if options.name is None else details(options.name)))
 
 
 def command_check(options: argparse.Namespace) -> None:

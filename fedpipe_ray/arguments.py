@@ -62,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
         "--env", action="append", default=[], metavar="NAME", help="environment variable to pass on, such as HF_TOKEN"
     )
 
-    commands.add_parser("methods", help="list the methods and their settings")
+    methods = commands.add_parser("methods", help="list the methods, or show one with its settings")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="a method, or a module:Class of your own")
 
     check = commands.add_parser(
         "check", parents=[run_file], help="check everything that can be checked without training"

@@ -335,8 +335,3 @@ def weighted_mean(state: Message, reports: Iterable[Report | Lost]) -> Message:
     if total == 0:
         return state
     return Message({name: tensor.div_(total) for name, tensor in mean.items()}, state.numbers)
-
-
-def describe(cls: Any) -> str:
-    """First line of a method's docstring."""
-    return str(cls.__doc__ or "").strip().splitlines()[0]
