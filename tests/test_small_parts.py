@@ -16,12 +16,15 @@ from safetensors.torch import load_file
 from test_export import MODELS, SMALL, TOKENS, architecture, logits, model_folder, trained
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fedpipe_ray import subset
+from fedpipe_ray import subset, virtual
 from fedpipe_ray.costs import matmul_parameters, training_flops
+from fedpipe_ray.evaluate import combine
 from fedpipe_ray.message import Message
+from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Report
-from fedpipe_ray.run import first_view
+from fedpipe_ray.run import rounds_of
 from fedpipe_ray.site import Site, attempt
+from fedpipe_ray.views import first_view
 
 HEAD, BITFIT = "method={name: head}", "method={name: bitfit}"
 PROMPT, PREFIX = "method={name: prompt, tokens: 5}", "method={name: prefix, tokens: 5}"
@@ -123,9 +126,6 @@ def test_the_first_state_computes_as_words_before_the_row(
     method: str, kind: str, run_file: Path, tmp_path: Path, model_dir: Path
 ) -> None:
     fleet, own, server, state = opened_run(run_file, method, f"model.name={model_folder(kind, tmp_path, model_dir)}")
-    from fedpipe_ray import virtual
-    from fedpipe_ray.randomness import rng_for
-
     words = virtual.words(server.base, 5, rng_for(0, 0, "start"))
     assert int(words.max()) < len(server.base.tokenizer)
     behind = logits_of(fleet.sites["a"].base.model, torch.cat([words.expand(2, -1), TOKENS], dim=1))
@@ -235,6 +235,21 @@ def test_parameters_load_into_the_plain_model(
     assert architecture(merged) == names
     torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-6)
     assert causal or merged.config.id2label[14] == "south"
+
+
+@pytest.mark.parametrize("method", [HEAD, BITFIT, PROMPT, PREFIX], ids=["head", "bitfit", "prompt", "prefix"])
+def test_updates_from_older_states_are_of_use(
+    method: str, run_file: Path, tmp_path: Path, model_dir: Path, data_dir: Path
+) -> None:
+    """Buffers of two: edge c, half as fast, is a state behind when it comes; what comes out is better than the base."""
+    base = model_folder("gpt2" if method == BITFIT else "llama", tmp_path, model_dir)
+    data = [labelled(data_dir)] if method == HEAD else []
+    run = load(run_file, method, *data, f"model.name={base}", "rounds=4", "fleet.mode=buffered", "fleet.buffer=2")
+    fleet, own, server, _ = opened_run(run_file, method, *data, f"model.name={base}")
+    rounds = list(rounds_of(run, own, fleet, server))
+    assert max(done.number - one.base_round for done in rounds for one in done.reports) >= 1
+    before = combine({name: one for name, one in fleet.evaluate(None, "validation").items() if isinstance(one, dict)})
+    assert rounds[-1].quality["loss"] < before["loss"]
 
 
 # -- refusals
