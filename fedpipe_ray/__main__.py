@@ -202,7 +202,7 @@ def command_export(options: argparse.Namespace) -> None:
     display = Display()
     set_up_logging(display, None)
     clean_up_on_sigterm()
-    what = export_run(options.folder, options.out, options.merge)
+    what = export_run(options.folder, options.out, options.merge, options.edge)
     display.note(f"wrote the {what} to {options.out}")
 
 
@@ -225,11 +225,11 @@ def command_submit(options: argparse.Namespace) -> int:
     return submit(options.address, command, REPOSITORY, options.env)
 
 
-def command_methods(_: argparse.Namespace) -> None:
-    """The methods, their settings and defaults."""
-    from .methods import listing
+def command_methods(options: argparse.Namespace) -> None:
+    """The methods, a line each; or all about one."""
+    from .methods import details, listing
 
-    print("\n".join(listing()))
+    print("\n".join(listing() if options.name is None else details(options.name)))
 
 
 def command_check(options: argparse.Namespace) -> None:

@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
     )
 
+    export.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
+
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
@@ -60,7 +62,8 @@ def parser() -> argparse.ArgumentParser:
         "--env", action="append", default=[], metavar="NAME", help="environment variable to pass on, such as HF_TOKEN"
     )
 
-    commands.add_parser("methods", help="list the methods and their settings")
+    methods = commands.add_parser("methods", help="list the methods, or show one with its settings")
+    methods.add_argument("name", nargs="?", metavar="NAME", help="a method, or a module:Class of your own")
 
     check = commands.add_parser(
         "check", parents=[run_file], help="check everything that can be checked without training"

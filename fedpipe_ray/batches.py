@@ -69,13 +69,15 @@ def sums(model: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, 
 def _logits_before(model: Any, tokens: torch.Tensor, mask: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Logits [units, vocabulary] of a causal model at the positions before the `wanted` ones, [rows, length - 1].
 
-    The head runs at these positions only: a large vocabulary makes it the dearest layer, in memory above all.
+    The head runs at these positions only: a large vocabulary makes it the dearest layer, in memory above all. What a
+    model puts before the rows, a prompt, is not among them.
     """
+    length = tokens.shape[1]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = getattr(base, "get_output_embeddings", lambda: None)()
     if head is None:
-        return torch.as_tensor(model(input_ids=tokens, attention_mask=mask).logits[:, :-1][wanted])
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][wanted][None],))
+        return torch.as_tensor(model(input_ids=tokens, attention_mask=mask).logits[:, -length:-1][wanted])
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, -length:-1][wanted][None],))
     try:
         return torch.as_tensor(model(input_ids=tokens, attention_mask=mask).logits[0])
     finally:

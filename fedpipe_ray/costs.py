@@ -62,19 +62,23 @@ def linked(profile: Profile, numbers: Mapping[str, float]) -> Profile:
 def matmul_parameters(model: nn.Module) -> tuple[int, int, int]:
     """(passed, frozen, trained) parameters that take part in matrix products; embedding look-ups are not among them.
 
-    passed: frozen ones before the first trained one, in the order of registration: no gradient flows back to them.
+    passed: frozen ones before the first trained parameter, in the order of registration: no gradient flows back to
+    them. Of any kind: a bias or a norm passes it on as a weight does.
     """
     passed = frozen = trained = 0
+    reached = False
     for name, module in model.named_modules():
-        weight = dict(module.named_parameters(recurse=False)).get("weight")  # an adapter's `weight` is its base layer's
+        own = dict(module.named_parameters(recurse=False))
+        weight = own.get("weight", own.get("original"))  # an adapter's `weight` is its base layer's; see subset.Stored
         replaced = "original_module" in name.split(".")  # PEFT's trained copy runs in its place
         if weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding) and not replaced:
             if weight.requires_grad:
                 trained += weight.numel()
-            elif trained == 0:
-                passed += parameters_of(module)
-            else:
+            elif reached:
                 frozen += parameters_of(module)
+            else:
+                passed += parameters_of(module)
+        reached = reached or any(parameter.requires_grad for parameter in own.values())
     return passed, frozen, trained
 
 

@@ -45,3 +45,8 @@ def filled(frame: Base, tensors: Mapping[str, torch.Tensor], reshape: Callable[[
         odd = f"no place for {unknown[0]}" if unknown else f"no weights for {missing[0]}"
         raise ValueError(f"the order's model does not fit: {odd}, {len(unknown) + len(missing)} such in all")
     return Base(model, frame.tokenizer, frame.device)
+
+
+def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same bytes in the same form."""
+    return (one.data_ptr(), one.shape, one.dtype) == (other.data_ptr(), other.shape, other.dtype)

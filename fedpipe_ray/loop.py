@@ -43,7 +43,8 @@ class Round:
     outcomes: Report (its message released) or Lost of every edge that was heard of, in the order of the fleet;
     evaluation: of every edge that has validation rows, empty where none was due. wall_seconds leave evaluate_seconds
     out. virtual_seconds: from the end of the round before to the end of this one, clock_seconds: at that end. flights:
-    the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep.
+    the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep. server_loss: the
+    training loss of the server's own steps.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Round:
     clock_seconds: float = 0.0
     flights: tuple[Flight, ...] = ()
     held: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    server_loss: float = math.nan
 
     @property
     def reports(self) -> list[Report]:
@@ -65,9 +67,9 @@ class Round:
 
     @property
     def train_loss(self) -> float:
-        """Mean of the edges' training losses, weighted as their updates."""
+        """Mean of the edges' training losses, weighted as their updates; the server's where no edge trained."""
         weight = sum(report.weight for report in self.reports)
-        return sum(r.train_loss * r.weight for r in self.reports) / weight if weight else math.nan
+        return sum(r.train_loss * r.weight for r in self.reports) / weight if weight else self.server_loss
 
     @property
     def bytes_up(self) -> int:
@@ -180,7 +182,7 @@ def federate(
         arriving = watch(reports if used >= len(orders) else first_of(reports, used), outcomes)
         before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
         held.note(orders, outcomes)
-        closed = closing(outcomes, used, deadline)
+        closed = closing(outcomes, used, deadline) + server.cost.virtual_seconds  # 0 unless a method puts it there
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
         del before, planned, orders, reports, arriving
         wall = time.perf_counter() - began
@@ -190,7 +192,8 @@ def federate(
         seconds = opened - past + closed
         quality = combine(evaluation)
         yield Round(
-            number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges
+            number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges,
+            server_loss=server.train_loss,
         )  # fmt: skip
 
 

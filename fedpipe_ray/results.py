@@ -26,9 +26,10 @@ from .methods.base import Method
 from .model import Base
 from .planning import EdgePlan
 from .record import RunFolder
-from .run import Experiment, MakeFleet, first_view, preflight, server_site
+from .run import Experiment, MakeFleet, preflight, server_site
 from .settings import Data, Run
 from .site import Site
+from .views import edge_site, first_view, is_personal, views_of
 
 T = TypeVar("T")
 Table = dict[str, Any]  # {"global": Metrics, "edges": {name: Metrics}}
@@ -51,11 +52,10 @@ def evaluate_folder(
         method = preflight(run)
         site = server_site(run, method, point.classes)
         return views_on_source(site, state, source)
-    method = preflight(run)
-    experiment = Experiment(run, method, folder, make_fleet, display)
+    experiment = Experiment(run, preflight(run), folder, make_fleet, display)
     try:
         experiment.open()
-        if getattr(method, "personal", False):
+        if is_personal(experiment.method):
             experiment.restore(point.start)
         with display.watching(experiment.fleet, "evaluating the base model"):
             base = experiment.measure(None)
@@ -69,7 +69,7 @@ def views_on_source(site: Site, state: Message, source: str) -> tuple[Table, Tab
     """(base, tuned) of every view of a state on all rows of a source: the first as `data`, others by their name."""
     base: Table = {}
     tuned: Table = {}
-    for name, weights in site.method.weights(state, site).items():
+    for name, weights in views_of(site, state).items():
         before, after = on_source(weights.on(site.base), site.base, site.run, source, site.classes)
         base, tuned = base or before, tuned or after
         if after is not tuned:
@@ -126,15 +126,18 @@ def on_source(model: Any, base: Base, run: Run, source: str, classes: Sequence[s
     return before, measured(model)
 
 
-def export_run(place: Path | str, out: Path, merge: bool) -> str:
+def export_run(place: Path | str, out: Path, merge: bool, edge: str | None = None) -> str:
     """Writes a run's adapter, or with `merge` a plain model with its tokenizer, to a new folder; says which it was.
 
-    A merged model has the architecture and parameter count of the base. Raises UserError.
+    A merged model has the architecture and parameter count of the base. edge: whose, where each has its own. Raises
+    UserError.
     """
     with closing(RunFolder.open(place)) as folder:
         run = folder.run()
         state, point = folder.final_state(run)
-    site = server_site(run, preflight(run), point.classes)
+        site = server_site(run, preflight(run), point.classes)
+        if edge is not None:
+            site = edge_site(site, point, edge, folder.path / "private")
     with new_folder(out) as aside:
         weights = first_view(site, state)
         if not merge:

@@ -22,7 +22,7 @@ from .fleet import Fleet
 from .loop import Round, Start, federate
 from .message import Message
 from .methods import make_method
-from .methods.base import Method, Weights, shown
+from .methods.base import Method, shown
 from .model import Base
 from .pretrain import builtin_model
 from .randomness import rng_for
@@ -30,6 +30,7 @@ from .record import Checkpoint, RunFolder, round_record
 from .report import Lost, Report
 from .settings import Run
 from .site import SERVER, Ready, Site
+from .views import PERSONAL_HINT, check_personal, first_view, is_personal
 
 log = logging.getLogger("fedpipe")
 MakeFleet = Callable[[Run, Method, Path], Fleet]
@@ -56,6 +57,7 @@ def preflight(run: Run) -> Method:
         else:
             check(site)
     check_buffered(run, method)
+    check_personal(run, method)
     return method
 
 
@@ -212,8 +214,8 @@ class Experiment:
 
     def write(self, state: Message, status: str, tuned: dict[str, Any]) -> dict[str, Any]:
         """Writes the adapter or model, and summary.json; returns the summary with `export`, how it is loaded."""
-        hint = ""
-        if self.method.base != "none":
+        hint = PERSONAL_HINT if is_personal(self.method) else ""
+        if self.method.base != "none" and not is_personal(self.method):
             weights = first_view(self.server, state)
             weights.save(self.folder.path / weights.folder, self.server)
             hint = weights.hint
@@ -276,11 +278,6 @@ def early_stop(run: Run, point: Checkpoint) -> str | None:
     if settings.patience is not None and since >= settings.patience:
         return f"no better validation loss for {since} evaluations (evaluate.patience)"
     return None
-
-
-def first_view(server: Site, state: Message) -> Weights:
-    """The view of `state` that is a run's result."""
-    return next(iter(server.method.weights(state, server).values()))
 
 
 def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from . import lora
+from .batches import Rows
 from .config import edge_data
 from .costs import Cost, PeakMemory, linked, training_flops, virtual_seconds
 from .data import EdgeData, SourceFacts, inspect, open_data
 from .errors import DivergedError, UserError
 from .evaluate import Metrics, evaluate, generate
-from .frame import filled
+from .frame import filled, same_storage
 from .message import Message
 from .methods.base import Method, Weights
 from .model import Base, empty_model, load_tokenizer, stored_bytes
@@ -159,11 +160,11 @@ class Site:
 
     def train(
         self, model: Any, rng: np.random.Generator, objective: Objective = summed_loss,
-        penalty: Callable[[], torch.Tensor] | None = None, /, **changes: Any,
+        penalty: Callable[[], torch.Tensor] | None = None, rows: Rows | None = None, /, **changes: Any,
     ) -> None:  # fmt: skip
         """This round's local steps on `model`, measured; `changes` replace fields of the run's `local`.
 
-        objective, penalty: as train.train has them.
+        objective, penalty: as train.train has them. rows: others than this site's own for training.
         """
         torch.set_num_threads(self.run.local.threads)  # on the server, too
         local = dataclasses.replace(self.run.local, **changes)
@@ -176,9 +177,9 @@ class Site:
             now.tokens_per_second = tokens / max(1e-9, time.perf_counter() - started)
 
         done = train(
-            model, self.data.train, local, round=self.round, rounds=self.run.rounds, rng=rng, device=self.base.device,
-            pad_id=self.base.pad_id, classifier=self.task == "classification", on_step=on_step,
-            objective=objective, penalty=penalty,
+            model, self.data.train if rows is None else rows, local, round=self.round, rounds=self.run.rounds, rng=rng,
+            device=self.base.device, pad_id=self.base.pad_id, classifier=self.task == "classification",
+            on_step=on_step, objective=objective, penalty=penalty,
         )  # fmt: skip
         self.train_loss = done.loss
         self.cost = dataclasses.replace(
@@ -204,7 +205,8 @@ class Site:
         the method shows.
         """
         torch.set_num_threads(self.run.local.threads)
-        self.progress.status, self.private = "evaluating", self.private_before(max(self._rests, default=0))
+        self.private = self.private_before(max(self._rests, default=0))  # of the last round that came to its end here
+        self.progress.status = "evaluating"
         if self.sent and state is not None:
             self.build(state)
             state = state if state.rest else None
@@ -278,11 +280,6 @@ class Site:
             self._rests = {round: Message.load(now if now.exists() else Path(path), sha256)}
         except (OSError, ValueError) as error:
             raise UserError(f"edge {self.name}: its private state cannot be restored: {error}") from None
-
-
-def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same bytes in the same form."""
-    return (one.data_ptr(), one.shape, one.dtype) == (other.data_ptr(), other.shape, other.dtype)
 
 
 def training_memory(peak: PeakMemory, stored: int) -> int:

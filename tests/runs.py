@@ -29,6 +29,7 @@ from fedpipe_ray.settings import Run
 from fedpipe_ray.site import Site
 
 ROOT = Path(__file__).resolve().parent.parent
+WORDS = "alpha, beta, gamma, delta, one, two, three, four, five, six, red, green, blue, north, south"
 
 
 def tiny_run(folder: Path, model_dir: Path, data_dir: Path) -> Path:
@@ -57,6 +58,14 @@ def emulated(deep_dir: Path, public_file: Path) -> list[str]:
         "method={name: fedbiot, a: 2, beta: 0.2, rank: 4, alpha: 8, prealign_steps: 6, align_steps: 2, align_batch: 4}",
         f"model.name={deep_dir}", f"server.data={rows}",
     ]  # fmt: skip
+
+
+def labelled(data_dir: Path) -> str:
+    """data of tiny.yaml as a task of 15 classes, which the last word tells."""
+    return (
+        f'data={{source: "{data_dir}/{{edge}}.jsonl", task: classification, text: "{{question}} {{answer}}", '
+        f"label: answer, labels: [{WORDS}], max_length: 16, validation: 0.2, test: 0.2}}"
+    )
 
 
 def held_run(folder: Path, model_dir: Path, data_dir: Path, rounds: int) -> Path:

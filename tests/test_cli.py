@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+import yaml
 from runs import ROOT, command, env, fedpipe
 
 from fedpipe_ray.__main__ import COMMANDS, main
 from fedpipe_ray.arguments import parse, parser
-from fedpipe_ray.methods import METHODS, method_class
+from fedpipe_ray.methods import METHODS, make_method, method_class
 
 HEAVY = ("torch", "ray", "transformers", "peft", "pyarrow", "bitsandbytes", "optuna", "datasets")
 
@@ -47,8 +50,9 @@ else:
         "import fedpipe_ray.config, fedpipe_ray.settings, fedpipe_ray.errors, clusters",
         HELP.format(arguments=["--help"]),
         HELP.format(arguments=["run", "--help"]),
+        "from fedpipe_ray.__main__ import main\nassert main(['methods']) == 0",
     ],
-    ids=["package", "main", "config", "help", "run-help"],
+    ids=["package", "main", "config", "help", "run-help", "methods"],
 )
 def test_help_and_imports_are_light(code: str) -> None:
     assert loaded_by(code) == []
@@ -78,7 +82,7 @@ def test_every_command_can_be_parsed_and_is_listed(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["run"], ["run", "a.yaml", "--fast"], ["export", "x"], ["methods", "x"]]
+    "arguments", [[], ["fly"], ["run"], ["run", "a.yaml", "--fast"], ["export", "x"], ["methods", "lora", "x"]]
 )
 def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -100,23 +104,31 @@ def test_the_module_runs_as_a_program() -> None:
     assert done.stdout.startswith("usage: fedpipe")
 
 
-def test_methods_are_listed_with_their_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    import dataclasses
-
+def test_methods_are_listed_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
-    text = capsys.readouterr().out
-    blocks: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if not line.startswith(" "):
-            blocks[line.split()[0]] = current = [line]
-        else:
-            current.append(line.strip())
-    assert list(blocks) == list(METHODS)
-    for name, (first, *settings) in blocks.items():
-        cls: Any = method_class(name)
-        assert str(cls.__doc__).splitlines()[0] in first
-        assert [line.partition(":")[0] for line in settings] == [field.name for field in dataclasses.fields(cls)]
-    assert "rank: 8" in blocks["lora"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert len({len(line) - len(line.partition(" ")[2].lstrip()) for line in lines}) == 1  # one column
+    for line, name in zip(lines, METHODS, strict=True):
+        assert line.endswith(str(method_class(name).__doc__).splitlines()[0])
+
+
+@pytest.mark.parametrize("name", [*METHODS, "fedpipe_ray.methods.lora:Lora"])
+def test_a_method_is_shown_with_its_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is shown as a section of a run file is one, and gives the defaults; each setting is explained above it."""
+    assert main(["methods", name]) == 0
+    text, _, section = capsys.readouterr().out.partition("\nmethod:\n")
+    settings = yaml.safe_load(section)
+    cls: Any = method_class(name)
+    assert list(settings) == ["name", *(field.name for field in dataclasses.fields(cls))]
+    assert make_method(settings) == cls()
+    assert text.splitlines()[0] == str(sys.modules[cls.__module__].__doc__).splitlines()[0]
+    assert all(re.search(rf"\b{field.name}\b", text) for field in dataclasses.fields(cls))
+
+
+def test_an_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "fedkseet"]) == 2
+    assert "no method 'fedkseet'; did you mean fedkseed?" in capsys.readouterr().err
 
 
 def test_a_missing_file_ends_with_2_and_one_line(capsys: pytest.CaptureFixture[str]) -> None:

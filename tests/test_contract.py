@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import emulated, fleet_of, load, tiny_run
+from runs import emulated, fleet_of, labelled, load, tiny_run
+from test_export import model_folder
 
 from fedpipe_ray.fleet import Fleet
 from fedpipe_ray.loop import Start, federate, sample
@@ -19,6 +20,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
 
+ASK_NOBODY = {"central"}  # the server does it alone
 FLEETS = ["serial", "packed"]  # test_parity.py has actors of their own, too
 
 
@@ -27,8 +29,13 @@ def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path,
     deep_dir: Path, public_file: Path,
 ) -> Run:  # fmt: skip
-    path = tiny_run(tmp_path_factory.mktemp("contract"), model_dir, data_dir)
-    needs = {"fedbiot": emulated(deep_dir, public_file)}
+    folder = tmp_path_factory.mktemp("contract")
+    path = tiny_run(folder, model_dir, data_dir)
+    needs = {
+        "bitfit": ["method={name: bitfit}", f"model.name={model_folder('gpt2', folder, model_dir)}"],
+        "fedbiot": emulated(deep_dir, public_file),
+        "head": ["method={name: head}", labelled(data_dir)],
+    }
     return load(path, *needs.get(request.param, [f"method={{name: {request.param}}}"]))
 
 
@@ -42,14 +49,19 @@ def fleet(request: pytest.FixtureRequest, run: Run, ray_here: None) -> Iterator[
         one.close()
 
 
+def method_asks(run: Run) -> bool:
+    """Whether the run's method has edges work."""
+    return run.method["name"] not in ASK_NOBODY
+
+
 def test_state_improves_counts_and_survives_a_missing_edge(run: Run, fleet: Fleet) -> None:
     method = make_method(run.method)
-    server = server_site(run, method, [])
+    server = server_site(run, method, run.data.labels)
     state = method.start(server, rng_for(run.seed, 0, "start"))
     base = fleet.evaluate(shown(method, None, server), "test")
     before = {name: metrics["loss"] for name, metrics in base.items() if not isinstance(metrics, Lost)}
     orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
-    assert list(orders) == list(fleet.edges)
+    assert list(orders) == [name for name in fleet.edges if method_asks(run)]
     reports = list(fleet.run(orders, 0))
     assert [report.edge for report in reports] == list(orders)
     assert all(
@@ -59,8 +71,9 @@ def test_state_improves_counts_and_survives_a_missing_edge(run: Run, fleet: Flee
     missing: list[Report | Lost] = [Lost("a", "gone"), *reports[1:]]
     after = method.aggregate(state, missing, server, 0, rng_for(run.seed, 0, "aggregate"))
     assert after.tensors.keys() >= state.tensors.keys()  # what is kept by round comes to it
-    new = (name for name in after.tensors if name not in state.tensors)
-    assert any(new) or any(not torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
+    new = any(name not in state.tensors for name in after.tensors)
+    changed = new or any(not torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
+    assert changed == bool(after.tensors)  # `local` has none
     *_, last = federate(method, fleet, server, rounds=3, seed=run.seed, start=Start(after, 1))
     quality = fleet.evaluate(shown(method, last.state, server), "test")
     assert sum(quality[name]["loss"] - before[name] for name in before) < 0
@@ -69,9 +82,11 @@ def test_state_improves_counts_and_survives_a_missing_edge(run: Run, fleet: Flee
 def test_same_order_same_bits(run: Run, fleet: Fleet) -> None:
     """An edge's answer is a function of (seed, round, edge, order), so that a retry changes nothing."""
     method = make_method(run.method)
-    server = server_site(run, method, [])
+    server = server_site(run, method, run.data.labels)
     state = method.start(server, rng_for(run.seed, 0, "start"))
     orders = method.plan(state, fleet.edges, server, 0, rng_for(run.seed, 0, "plan"))
+    if not method_asks(run):
+        pytest.skip("no edge is asked")
     first = {
         r.edge: {k: t.clone() for k, t in r.message().tensors.items()}
         for r in fleet.run(orders, 0)
@@ -85,7 +100,9 @@ def test_same_order_same_bits(run: Run, fleet: Fleet) -> None:
 
 def test_all_lost_leaves_the_state(run: Run) -> None:
     method = make_method(run.method)
-    server = server_site(run, method, [])
+    if not method_asks(run):
+        pytest.skip("no edge is asked")
+    server = server_site(run, method, run.data.labels)
     state = method.start(server, rng_for(run.seed, 0, "start"))
     lost: list[Report | Lost] = [Lost("a", "gone"), Lost("b", "gone")]
     after = method.aggregate(state, lost, server, 0, rng_for(run.seed, 0, "aggregate"))

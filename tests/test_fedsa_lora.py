@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import torch
 from factor_rounds import SUM_M, Rounds
 from runs import assert_same, fleet_of, here, load, manifest, opened_run, summary
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_export import logits
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +38,7 @@ def whole(file: Path) -> Path:
 
 
 def shared(folder: Path) -> dict[str, Any]:
-    return dict(load_file(folder / "shared" / "shared.safetensors"))
+    return dict(RunFolder.open(folder).load_checkpoint().start.state.tensors)
 
 
 def test_b_is_in_no_message_and_each_edge_s_own(file: Path) -> None:
@@ -120,34 +118,28 @@ def test_on_ray_an_edge_takes_up_its_own(file: Path, whole: Path, ray_here: None
     assert_same(found[0][2], found[1][2])
 
 
-def test_the_export_says_that_there_is_no_global_adapter(
-    whole: Path, tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
+def test_there_is_no_global_adapter(
+    whole: Path, file: Path, tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not (whole / "adapter").exists()
-    about = json.loads((whole / "shared" / "about.json").read_text())
-    assert about["global_adapter"] is None
-    assert "each edge's own is the shared A" in about["why"]
-    assert all(factor(name) == "A" for name in shared(whole))
-    assert here("export", whole, "--out", tmp_path / "again") == 0
-    for name in ("shared.safetensors", "adapter_config.json", "about.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (whole / "shared" / name).read_bytes()
     capsys.readouterr()
     for refused in (
+        ("export", whole, "--out", tmp_path / "m"),
         ("export", whole, "--out", tmp_path / "m", "--merge"),
         ("evaluate", whole, "--data", data_dir / "a.jsonl"),
     ):
         assert here(*refused) == 2
-        assert "fedsa_lora has no global adapter" in capsys.readouterr().err
-    assert not (tmp_path / "m").exists()
+        assert "fedsa_lora has no model for all edges" in capsys.readouterr().err
+    assert here("run", file, *SETTINGS, "evaluate.keep=best", "--out", tmp_path / "best") == 2
+    assert "evaluate.keep: best" in capsys.readouterr().err
 
 
-def test_an_edge_makes_its_own_adapter_of_the_export(whole: Path, file: Path, tmp_path: Path) -> None:
-    """As docs/partial-factors.md has it: two files joined are a plain PEFT adapter."""
-    folder = tmp_path / "a"
-    folder.mkdir()
+def test_an_edge_exports_its_own_adapter(whole: Path, file: Path, tmp_path: Path) -> None:
+    """Shared A and own B: a plain PEFT adapter that computes what the edge evaluates."""
+    assert here("export", whole, "--edge", "a", "--out", tmp_path / "a") == 0
     own = max((whole / "private" / "a").glob("round-*.safetensors"))
-    save_file({**shared(whole), **load_file(own)}, folder / "adapter_model.safetensors", {"format": "pt"})
-    shutil.copy(whole / "shared" / "adapter_config.json", folder)
+    exported = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert_same(dict(exported), {**shared(whole), **load_file(own)})
 
     fleet, method, _, _ = opened_run(file, *SETTINGS)
     point = RunFolder.open(whole).load_checkpoint()
@@ -157,7 +149,7 @@ def test_an_edge_makes_its_own_adapter_of_the_export(whole: Path, file: Path, tm
     expected = logits(method.weights(point.start.state, site)["personal"].on(site.base))
     plain = AutoModelForCausalLM.from_pretrained(site.run.model.name)
     assert float((logits(plain) - expected).abs().max()) > 1e-3
-    adapted = peft.PeftModel.from_pretrained(plain, folder)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "a")
     torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=1e-6)
 
 

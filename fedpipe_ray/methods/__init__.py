@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib
+import importlib.util
+import inspect
+import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpipe_ray.config import build
@@ -15,6 +21,8 @@ if TYPE_CHECKING:
     from .base import Method
 
 METHODS = {
+    "bitfit": "fedpipe_ray.methods.bitfit:BitFit",
+    "central": "fedpipe_ray.methods.central:Central",
     "fed_sb": "fedpipe_ray.methods.fed_sb:FedSb",
     "fedadapter": "fedpipe_ray.methods.fedadapter:FedAdapter",
     "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
@@ -26,10 +34,14 @@ METHODS = {
     "flexlora": "fedpipe_ray.methods.flexlora:FlexLora",
     "flora": "fedpipe_ray.methods.flora:Flora",
     "full": "fedpipe_ray.methods.full:Full",
+    "head": "fedpipe_ray.methods.head:Head",
     "hetlora": "fedpipe_ray.methods.hetlora:HetLora",
     "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
+    "local": "fedpipe_ray.methods.local:Local",
     "lora": "fedpipe_ray.methods.lora:Lora",
     "lora_fair": "fedpipe_ray.methods.lora_fair:LoraFair",
+    "prefix": "fedpipe_ray.methods.prefix:Prefix",
+    "prompt": "fedpipe_ray.methods.prompt:Prompt",
     "rolora": "fedpipe_ray.methods.rolora:RoLora",
     "slora": "fedpipe_ray.methods.slora:SLora",
     "zeropad": "fedpipe_ray.methods.zeropad:ZeroPad",
@@ -78,12 +90,36 @@ def takes_ranks(cls: Any) -> bool:
 
 
 def listing() -> list[str]:
-    """The methods with their settings and defaults, as lines."""
-    from .base import describe
+    """A line a method: its name and what it does."""
+    width = max(map(len, METHODS)) + 2
+    return [f"{name:<{width}}{_summary(path)}" for name, path in METHODS.items()]
 
-    lines = []
-    for name in METHODS:
-        cls: Any = method_class(name)
-        lines.append(f"{name:<12}{describe(cls)}")
-        lines += [f"    {setting.name}: {setting.default!r}" for setting in dataclasses.fields(cls)]
+
+def details(name: str) -> list[str]:
+    """What a method's docstrings say of it, and its section of a run file with the defaults. Raises UserError."""
+    cls: Any = method_class(name)
+    lines = [str(sys.modules[cls.__module__].__doc__ or name).strip().partition("\n")[0], "", _text(cls)[0]]
+    for kind in reversed([kind for kind in cls.__mro__ if "__dataclass_params__" in vars(kind)]):
+        lines += _text(kind)[1:]  # of a base class first, whose settings come first
+    lines += ["", "method:", f"  name: {name}"]
+    for setting in dataclasses.fields(cls):
+        make = setting.default_factory
+        default = setting.default if make is dataclasses.MISSING else make()
+        lines.append(f"  {setting.name}: {'# required' if default is dataclasses.MISSING else json.dumps(default)}")
     return lines
+
+
+def _summary(path: str) -> str:
+    """The first line of a class's docstring, read from its file: to import all methods takes torch, and seconds."""
+    module, _, name = path.partition(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    return (ast.get_docstring(found) or "").partition("\n")[0]
+
+
+def _text(cls: type) -> list[str]:
+    """The lines of a class's own docstring."""
+    return inspect.cleandoc(cls.__doc__ or "").splitlines() or [""]

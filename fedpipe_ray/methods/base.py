@@ -123,16 +123,17 @@ class Method(Protocol):
     """A frozen dataclass whose fields are its hyperparameters. The same object stands on the driver and on every edge.
 
     base: what an edge holds of the model: `shared` = the frozen base; `sent` = what its orders bring (see Sending);
-    `none` = neither model nor data. asynchronous: whether updates that started from older states can be used
+    `none` = neither model nor data. personal: whether each edge has a model of its own: `weights` is then asked for on
+    edges alone, where it may read `site.private`, each edge is evaluated with its own, and a run exports nothing.
+    asynchronous: whether updates that started from older states can be used
     (fleet.mode: buffered). It promises that an order is the state and depends on nothing else but the edge, that an
     update has the tensors of the state, and that `aggregate` moves with its arguments:
-    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does. personal: whether an edge's views need
-    its private state, so that this is brought back for an evaluation.
+    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
-    asynchronous: ClassVar[bool] = False
     personal: ClassVar[bool] = False
+    asynchronous: ClassVar[bool] = False
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""
@@ -344,8 +345,3 @@ def weighted_mean(
     if total == 0:
         return state
     return Message({name: tensor.div_(total) for name, tensor in mean.items()}, state.numbers)
-
-
-def describe(cls: Any) -> str:
-    """First line of a method's docstring."""
-    return str(cls.__doc__ or "").strip().splitlines()[0]
