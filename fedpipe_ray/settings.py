@@ -124,7 +124,8 @@ class Local(Section):
     """Training on an edge in one round: `steps` optimizer steps, or `epochs` over its rows.
 
     batch: rows an optimizer step, split into `accumulate` parts. lr follows `schedule` over all rounds: warmup_steps
-    up, then constant, linear or cosine down to lr_floor x lr. precision: autocast; `auto` = bfloat16 on GPUs with it.
+    up, then constant, linear or cosine down to lr_floor x lr. optimizer: AdamW, or plain SGD without momentum; clip: of
+    the gradient's L2 norm. precision: autocast; `auto` = bfloat16 on GPUs with it.
     threads: of torch, on every fleet; another count gives other bits.
     """
 
@@ -132,6 +133,7 @@ class Local(Section):
     epochs: float | None = None
     batch: int = 16
     accumulate: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     lr_floor: float = 0.1

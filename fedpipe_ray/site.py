@@ -159,11 +159,11 @@ class Site:
 
     def train(
         self, model: Any, rng: np.random.Generator, objective: Objective = summed_loss,
-        penalty: Callable[[], torch.Tensor] | None = None, /, **changes: Any,
+        penalty: Callable[[], torch.Tensor] | None = None, correct: Callable[[], None] | None = None, /, **changes: Any,
     ) -> None:  # fmt: skip
         """This round's local steps on `model`, measured; `changes` replace fields of the run's `local`.
 
-        objective, penalty: as train.train has them.
+        objective, penalty, correct: as train.train has them.
         """
         torch.set_num_threads(self.run.local.threads)  # on the server, too
         local = dataclasses.replace(self.run.local, **changes)
@@ -178,7 +178,7 @@ class Site:
         done = train(
             model, self.data.train, local, round=self.round, rounds=self.run.rounds, rng=rng, device=self.base.device,
             pad_id=self.base.pad_id, classifier=self.task == "classification", on_step=on_step,
-            objective=objective, penalty=penalty,
+            objective=objective, penalty=penalty, correct=correct,
         )  # fmt: skip
         self.train_loss = done.loss
         self.cost = dataclasses.replace(
