@@ -180,9 +180,19 @@ class ServerSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Wire(Section):
-    """dtype: of tensors as sent, both ways; the server keeps float32."""
+    """dtype: of tensors as sent, both ways; the server keeps float32.
+
+    codec: what updates are encoded by on top of that, `{name: topk, share: 0.01}`; names and settings are those of
+    codecs.py, null is none. error_feedback: an edge sends what its codec left out with its next update.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    codec: dict[str, Any] | None = None
+    error_feedback: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.codec is None or bool(self.codec.get("name")), "wire.codec: needs a name, such as topk")
+        require(self.codec is not None or not self.error_feedback, "wire.error_feedback: needs wire.codec")
 
 
 @dataclass(frozen=True, kw_only=True)

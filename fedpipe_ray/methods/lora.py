@@ -20,7 +20,7 @@ import numpy as np
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 
-from .base import LoraMethod, weighted_mean
+from .base import LoraMethod, Updates, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -31,6 +31,7 @@ class Lora(LoraMethod):
     """FedIT: LoRA, sample-weighted average of A and of B."""
 
     asynchronous: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
