@@ -251,8 +251,8 @@ def test_a_damaged_base_state_falls_back_to_the_checkpoint_before(run_file: Path
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (("method={name: fedpipe}", "fleet.buffer=2"), "FedPipe cannot use ... methods that can: full, lora; or set"),
-        (("method={name: fedadapter}", "fleet.buffer=2"), "FedAdapter cannot use ... methods that can: full, lora"),
+        (("method={name: fedpipe}", "fleet.buffer=2"), "FedPipe cannot use ... methods that can: ... lora ... or set"),
+        (("method={name: fedadapter}", "fleet.buffer=2"), "FedAdapter cannot use ... methods that can: ... full, lora"),
         ((), "fleet.buffer: mode: buffered needs it: how many reports make a new state, 1 to 3"),
         (("fleet.buffer=4",), "fleet.buffer: 4 is more than the 3 edges there are; at most 3"),
         (("fleet.buffer=2", "fleet.concurrency=9"), "fleet.concurrency: 9 is more than the 3 edges there are"),

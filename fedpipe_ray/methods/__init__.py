@@ -19,9 +19,11 @@ METHODS = {
     "fedbiot": "fedpipe_ray.methods.fedbiot:FedBiOT",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
+    "fedprox": "fedpipe_ray.methods.fedprox:FedProx",
     "full": "fedpipe_ray.methods.full:Full",
     "jcpba": "fedpipe_ray.methods.jcpba:Jcpba",
     "lora": "fedpipe_ray.methods.lora:Lora",
+    "scaffold": "fedpipe_ray.methods.scaffold:Scaffold",
 }
 FUNCTIONS = ("start", "plan", "local_update", "aggregate", "weights")
 
