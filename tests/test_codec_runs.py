@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_like, emulated, fleet_of, here, load, manifest, records, tiny_run
+from runs import assert_like, emulated, here, load, manifest, records, tiny_run
 from test_codecs import SETTINGS
 from test_parity import assert_alike, rounds_of
-from toy_rounds import FAST, FLEETS, Adding, Noting, toy_run
+from toy_rounds import FAST, Adding, Noting, toy_run
 
 from fedpipe_ray.buffered import federate_buffered
 from fedpipe_ray.codecs import make_codec
@@ -92,18 +92,14 @@ def test_error_feedback_is_for_entries_that_stay_what_they_are(made: Made) -> No
 
 
 def rounds(
-    wire: dict[str, Any], count: int = 1, kind: str = "serial", method: Adding | None = None,
+    wire: dict[str, Any], count: int = 1, method: Adding | None = None,
     around: Callable[[Any], Any] = lambda fleet: fleet, **options: Any,
 ) -> list[Round]:  # fmt: skip
     """Of edges that each add their number to one number."""
     method = method or Adding()
     run = toy_run({f"e{n}": {**FAST, "uplink_bps": "1kbit/s"} for n in (1, 2, 3)}, wire=wire, **options)
-    fleet = around(fleet_of(kind, run, method))
-    try:
-        fleet.open()
-        return list(federate(method, fleet, server_site(run, method, []), rounds=count, seed=0, evaluate_every=0))
-    finally:
-        fleet.close()
+    server = server_site(run, method, [])
+    return list(federate(method, around(SerialFleet(run, method)), server, rounds=count, seed=0, evaluate_every=0))
 
 
 def test_bytes_and_the_clock_count_the_encoded_message() -> None:
@@ -130,11 +126,10 @@ def test_everything_sent_is_as_without_a_codec(wire: dict[str, Any]) -> None:
     assert states[0] == 1.0
 
 
-@pytest.mark.parametrize("kind", FLEETS)
-def test_bounds_hold_of_what_was_decoded(kind: str, ray_here: None) -> None:
+def test_bounds_hold_of_what_was_decoded() -> None:
     """e3 adds 3 in every round, e2 is NaN: neither costs more than itself, and e2 is told on its edge."""
     method = Adding(fails={"e2": "nan"})
-    done = rounds({"codec": TOPK}, 3, kind, method, server={"norm_bound": 2.5})
+    done = rounds({"codec": TOPK}, 3, method, server={"norm_bound": 2.5})
     for one in done:
         assert {name: outcome.reason for name, outcome in one.outcomes.items() if isinstance(outcome, Lost)} == {
             "e2": "diverged: its update has NaN or infinity in x",
@@ -226,13 +221,13 @@ def test_resumed_with_error_feedback(method: str, codec: dict[str, Any], run_fil
     "overrides",
     [
         ("wire={codec: {name: lowrank, rank: 1}, error_feedback: true}", "fleet.fraction=0.67"),
-        ("method={name: jcpba, rank: 2}", "wire={codec: {name: nf4, double: true}, dtype: bfloat16}", "rounds=2"),
+        ("method={name: jcpba, rank: 2}", "wire={codec: {name: nf4, double: true}, dtype: bfloat16}"),
     ],
     ids=["lora-lowrank", "jcpba-nf4"],
 )
 def test_serial_and_packed_agree_bitwise(run_file: Path, ray_here: None, overrides: tuple[str, ...]) -> None:
     """Orders reach a worker in parts, whose names come in another order."""
-    settings = ("rounds=3", "local.steps=2", *overrides)
+    settings = ("rounds=2", "local.steps=2", *overrides)
     assert_alike(rounds_of("serial", run_file, *settings), rounds_of("packed", run_file, *settings))
 
 
