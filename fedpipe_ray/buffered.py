@@ -26,13 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from .arriving import checked
 from .errors import UnfitUpdate, UserError
 from .evaluate import combine
 from .fleet import Fleet
 from .loop import Flight, Round, Start, awaited, measured, orders_of, there, usable, watch
 from .message import Message
 from .methods import METHODS, method_class
-from .methods.base import Method, checked, unlike
+from .methods.base import Method, unlike
 from .randomness import rng_for
 from .report import Lost, Report, dropped
 from .settings import Run
@@ -96,8 +97,7 @@ class Dispatch:
         for edge in edges:
             rng = rng_for(self.seed, round, "plan")
             orders |= orders_of(self.method.plan(base, {edge: profiles[edge]}, self.server, round, rng))
-        run = self.server.run
-        reports = checked(self.fleet.run(orders, round), orders, run.wire.dtype, run.server.norm_bound)
+        reports = checked(self.fleet.run(orders, round), orders, self.server.run)
         return {report.edge: report for report in reports} if orders else {}
 
     def resume(self, flights: Sequence[Flight]) -> None:

@@ -132,6 +132,17 @@ class PeakMemory:
         self.grown = max(0, self.bytes - self._before) if self._before is not None else 0
 
 
+def training_memory(peak: PeakMemory, stored: int) -> int:
+    """Bytes of model, adapters, optimizer and activations at their peak; 0 if nobody asked or this machine cannot tell.
+
+    On the CPU: what of the model was `stored` before, and what the process grew by. So the interpreter, its libraries
+    and what other edges hold in the same process are not counted.
+    """
+    if not stored or not peak.grown:
+        return 0
+    return peak.bytes if peak.device.type == "cuda" else stored + peak.grown
+
+
 def give_back_freed_memory() -> None:
     """Has the allocator return freed pages to the system, so that what is resident is in use."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .arriving import checked
 from .errors import AllEdgesLost
 from .evaluate import Metrics, combine
 from .fleet import Fleet
 from .held import Held
 from .message import Message
-from .methods.base import Method, checked, shown
+from .methods.base import Method, shown
 from .randomness import rng_for
 from .report import Lost, Report, dropped
 from .settings import Profile
@@ -177,7 +178,7 @@ def federate(
         planned = method.plan(state, edges, server, number, rng_for(seed, number, "plan"))
         orders, outcomes = held.mark(orders_of(planned)), dict[str, Report | Lost]()
         reports = with_left_out(planned, fleet.run(orders, number))
-        reports = checked(reports, orders, server.run.wire.dtype, server.run.server.norm_bound)
+        reports = checked(reports, orders, server.run)
         reports = on_time(reports, deadline)
         arriving = watch(reports if used >= len(orders) else first_of(reports, used), outcomes)
         before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))

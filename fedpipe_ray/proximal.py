@@ -1,4 +1,4 @@
-"""A pull of LoRA factors towards where they started, in the weights that they change and not in themselves."""
+"""Pulls of what an edge trains towards where it started: of LoRA in the weights that it changes, or of any tensors."""
 
 from __future__ import annotations
 
@@ -30,3 +30,17 @@ class Pull:
             left, right = torch.cat([b - b_0, b_0], 1), torch.cat([a, a - a_0])  # [d_out, 2 r], [2 r, d_in]
             terms.append(((left.T @ left) * (right @ right.T)).sum())
         return 0.5 * self.eps * self.scale**2 * torch.stack(terms).sum()
+
+
+@dataclass(frozen=True)
+class Near:
+    """mu / 2 sum over parameters ||w - w_0||^2: FedProx's term (Li et al. 2020, arXiv 1812.06127, objective 2)."""
+
+    now: Mapping[str, torch.nn.Parameter]
+    before: Mapping[str, torch.Tensor]
+    mu: float
+
+    def __call__(self) -> torch.Tensor:
+        """The term; its gradient is mu (w - w_0)."""
+        squares = [(w - self.before[name].to(w)).square().sum() for name, w in self.now.items()]
+        return 0.5 * self.mu * torch.stack(squares).sum()

@@ -14,8 +14,10 @@ from types import FrameType
 from typing import Any
 
 from .buffered import check_buffered, federate_buffered
+from .codecs import make_codec
 from .config import FREE_ON_RESUME, training_hash
 from .display import Display
+from .encoding import check_codec
 from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
 from .evaluate import Metrics, combine
 from .fleet import Fleet
@@ -58,15 +60,20 @@ def preflight(run: Run) -> Method:
             check(site)
     check_buffered(run, method)
     check_personal(run, method)
+    check_codec(run, method)
     return method
 
 
 def settled(run: Run) -> tuple[Run, Method]:
-    """A new run with every hyperparameter of its method written down, so that no later default changes it, and that.
+    """A new run with every setting of its method and codec written down, so that no later default changes it, and that.
 
     Raises UserError as `preflight` does.
     """
     method = preflight(run)
+    if run.wire.codec is not None:
+        codec: Any = make_codec(run.wire.codec)
+        whole = {"name": run.wire.codec["name"], **dataclasses.asdict(codec)}
+        run = dataclasses.replace(run, wire=dataclasses.replace(run.wire, codec=whole))
     if not dataclasses.is_dataclass(method):
         return run, method
     whole = json.loads(json.dumps(dataclasses.asdict(method)))  # tuples are lists in a run file

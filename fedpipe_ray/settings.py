@@ -124,7 +124,8 @@ class Local(Section):
     """Training on an edge in one round: `steps` optimizer steps, or `epochs` over its rows.
 
     batch: rows an optimizer step, split into `accumulate` parts. lr follows `schedule` over all rounds: warmup_steps
-    up, then constant, linear or cosine down to lr_floor x lr. precision: autocast; `auto` = bfloat16 on GPUs with it.
+    up, then constant, linear or cosine down to lr_floor x lr. optimizer: AdamW, or plain SGD without momentum; clip: of
+    the gradient's L2 norm. precision: autocast; `auto` = bfloat16 on GPUs with it.
     threads: of torch, on every fleet; another count gives other bits.
     """
 
@@ -132,6 +133,7 @@ class Local(Section):
     epochs: float | None = None
     batch: int = 16
     accumulate: int = 1
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     lr_floor: float = 0.1
@@ -178,9 +180,19 @@ class ServerSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Wire(Section):
-    """dtype: of tensors as sent, both ways; the server keeps float32."""
+    """dtype: of tensors as sent, both ways; the server keeps float32.
+
+    codec: what updates are encoded by on top of that, `{name: topk, share: 0.01}`; names and settings are those of
+    codecs.py, null is none. error_feedback: an edge sends what its codec left out with its next update.
+    """
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    codec: dict[str, Any] | None = None
+    error_feedback: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.codec is None or bool(self.codec.get("name")), "wire.codec: needs a name, such as topk")
+        require(self.codec is not None or not self.error_feedback, "wire.error_feedback: needs wire.codec")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,9 @@ import torch
 from . import lora
 from .batches import Rows
 from .config import edge_data
-from .costs import Cost, PeakMemory, linked, training_flops, virtual_seconds
+from .costs import Cost, PeakMemory, linked, training_flops, training_memory, virtual_seconds
 from .data import EdgeData, SourceFacts, inspect, open_data
+from .encoding import Encoding, with_carried, without_carried
 from .errors import DivergedError, UserError
 from .evaluate import Metrics, evaluate, generate
 from .frame import filled, same_storage
@@ -67,6 +68,7 @@ class Site:
     classes: list[str] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
     private: Message | None = None
+    carried: Message | None = None  # private, too: what wire.codec keeps, which a method does not see
     cost: Cost = field(default_factory=Cost)
     train_loss: float = float("nan")
     round: int = 0
@@ -160,11 +162,12 @@ class Site:
 
     def train(
         self, model: Any, rng: np.random.Generator, objective: Objective = summed_loss,
-        penalty: Callable[[], torch.Tensor] | None = None, rows: Rows | None = None, /, **changes: Any,
+        penalty: Callable[[], torch.Tensor] | None = None, rows: Rows | None = None,
+        correct: Callable[[], None] | None = None, /, **changes: Any,
     ) -> None:  # fmt: skip
         """This round's local steps on `model`, measured; `changes` replace fields of the run's `local`.
 
-        objective, penalty: as train.train has them. rows: others than this site's own for training.
+        objective, penalty, correct: as train.train has them. rows: others than this site's own for training.
         """
         torch.set_num_threads(self.run.local.threads)  # on the server, too
         local = dataclasses.replace(self.run.local, **changes)
@@ -179,7 +182,7 @@ class Site:
         done = train(
             model, self.data.train if rows is None else rows, local, round=self.round, rounds=self.run.rounds, rng=rng,
             device=self.base.device, pad_id=self.base.pad_id, classifier=self.task == "classification",
-            on_step=on_step, objective=objective, penalty=penalty,
+            on_step=on_step, objective=objective, penalty=penalty, correct=correct,
         )  # fmt: skip
         self.train_loss = done.loss
         self.cost = dataclasses.replace(
@@ -205,7 +208,9 @@ class Site:
         the method shows.
         """
         torch.set_num_threads(self.run.local.threads)
-        self.private = self.private_before(max(self._rests, default=0))  # of the last round that came to its end here
+        self.private, _ = without_carried(
+            self.private_before(max(self._rests, default=0))
+        )  # of the last round that came to its end here
         self.progress.status = "evaluating"
         if self.sent and state is not None:
             self.build(state)
@@ -254,12 +259,13 @@ class Site:
 
     def keep_private(self, round: int) -> dict[str, str] | None:
         """Makes `private` the state after `round`; on disk too, the last three kept. Returns path and SHA-256."""
-        self._rests = {round: self.private_before(round), round + 1: self.private}
-        if self.private is None or self.private_dir is None:
+        state = with_carried(self.private, self.carried)
+        self._rests = {round: self.private_before(round), round + 1: state}
+        if state is None or self.private_dir is None:
             return None
         folder = self._private_folder(self.private_dir)
         path = folder / f"round-{round + 1:04d}.safetensors"
-        digest = self.private.save(path)
+        digest = state.save(path)
         for old in sorted(folder.glob("round-*.safetensors"))[:-3]:
             old.unlink(missing_ok=True)
         return {"path": str(path), "sha256": digest}
@@ -282,17 +288,6 @@ class Site:
             raise UserError(f"edge {self.name}: its private state cannot be restored: {error}") from None
 
 
-def training_memory(peak: PeakMemory, stored: int) -> int:
-    """Bytes of model, adapters, optimizer and activations at their peak; 0 if nobody asked or this machine cannot tell.
-
-    On the CPU: what of the model was `stored` before, and what the process grew by. So the interpreter, its libraries
-    and what other edges hold in the same process are not counted.
-    """
-    if not stored or not peak.grown:
-        return 0
-    return peak.bytes if peak.device.type == "cuda" else stored + peak.grown
-
-
 def within_capacity(site: Site, peak: PeakMemory, stored: int) -> int:
     """The training memory of a round. Raises MemoryError if it is above the profile's capacity."""
     used, capacity = training_memory(peak, stored), site.profile.training_memory_bytes
@@ -310,7 +305,7 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     torch.set_num_threads(site.run.local.threads)
     rng = rng_for(site.run.seed, round, site.name)
     site.round, site.cost, site.train_loss = round, Cost(bytes_down=order.total_bytes), float("nan")
-    site.private = site.private_before(round)
+    site.private, site.carried = without_carried(site.private_before(round))
     site.progress.status, site.progress.step = "training", 0
     profile = linked(site.profile, order.numbers)
     started = time.perf_counter()
@@ -324,7 +319,9 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
             wanted = site.profile.training_memory_bytes is not None or site.base.device.type == "cuda"
             peak, stored = PeakMemory(site.base.device, growth=wanted), stored_bytes(site.base.model) if wanted else 0
         with peak:
-            update = site.method.local_update(order, site, rng).to(site.run.wire.dtype)
+            update, site.carried = Encoding.of(site.run, round, site.name).encode(
+                site.method.local_update(order, site, rng), order, site.carried
+            )
         up, held = update.total_bytes, within_capacity(site, peak, stored)
         spent = dataclasses.replace(
             site.cost, seconds=time.perf_counter() - started, peak_memory_bytes=peak.bytes, bytes_up=up,

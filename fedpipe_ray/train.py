@@ -72,19 +72,21 @@ def train(
     on_step: Callable[[int, int, float, int], None] = lambda *_: None,
     objective: Objective = summed_loss,
     penalty: Callable[[], torch.Tensor] | None = None,
+    correct: Callable[[], None] | None = None,
 ) -> Trained:
-    """Trains the parameters of `model` that require gradients for one round; AdamW starts fresh every round.
+    """Trains the parameters of `model` that require gradients for one round; the optimizer starts fresh every round.
 
     The gradient of a step is that of the mean over all its loss terms, however `accumulate` and a process group split
     the batch; tokens and loss are those of the whole batch on every process.
-    penalty: added to that mean, its gradient too, but not to the losses that are told. on_step(step, steps, loss,
-    tokens) is called after every step. Raises DivergedError on a loss or gradient that is not finite.
+    penalty: added to that mean, its gradient too, but not to the losses that are told. correct: called before every
+    step; may read and change the gradients, which are whole and not yet clipped. on_step(step, steps, loss, tokens) is
+    called after every step. Raises DivergedError on a loss or gradient that is not finite.
     """
     steps = steps_of(local, len(rows))
     weights, (rank, ranks) = [p for p in model.parameters() if p.requires_grad], process_group()
     if ranks > 1:
         torch.manual_seed(torch.initial_seed() + rank)  # other rows, another dropout
-    optimizer = torch.optim.AdamW(weights, lr=local.lr, weight_decay=local.weight_decay, fused=device.type != "mps")
+    optimizer = optimizer_of(weights, local, device)
     total_loss, units, tokens, seconds = 0.0, 0, 0, []
     checkpointing(model, local.checkpointing)
     model.train()
@@ -100,6 +102,8 @@ def train(
                 (penalty() / ranks).backward()  # the group sums it up again
             if ranks > 1:
                 sum_gradients(weights)
+            if correct is not None:
+                correct()
             norm = torch.nn.utils.clip_grad_norm_(weights, local.clip)
             if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
                 raise DivergedError(
@@ -115,6 +119,13 @@ def train(
         optimizer.zero_grad(set_to_none=True)
     typical = float(np.median(seconds[1:] or seconds))
     return Trained(steps * local.batch, steps, tokens, total_loss / max(1, units), typical)
+
+
+def optimizer_of(weights: Sequence[torch.Tensor], local: Local, device: torch.device) -> torch.optim.Optimizer:
+    """A fresh one, as `local` has it."""
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(weights, lr=local.lr, weight_decay=local.weight_decay)
+    return torch.optim.AdamW(weights, lr=local.lr, weight_decay=local.weight_decay, fused=device.type != "mps")
 
 
 def backward(

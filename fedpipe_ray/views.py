@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .encoding import without_carried
 from .errors import UserError
 from .message import Message
 from .methods.base import Method, Weights
@@ -61,5 +62,5 @@ def edge_site(server: Site, point: Checkpoint, edge: str, private_dir: Path) -> 
         raise UserError(f"--edge {edge}: it has trained in none of the {point.start.round} rounds and has no model")
     site = Site(edge, run, server.method, server.load_base, private_dir, classes=server.classes)
     site.restore(point.start.round, **point.start.private[edge])
-    site.private = site.private_before(point.start.round)
+    site.private, _ = without_carried(site.private_before(point.start.round))
     return site

@@ -29,6 +29,7 @@ METHODS = {
     "fedex_lora": "fedpipe_ray.methods.fedex_lora:FedExLora",
     "fedkseed": "fedpipe_ray.methods.fedkseed:FedKSeed",
     "fedpipe": "fedpipe_ray.methods.fedpipe:FedPipe",
+    "fedprox": "fedpipe_ray.methods.fedprox:FedProx",
     "fedsa_lora": "fedpipe_ray.methods.fedsa_lora:FedSaLora",
     "ffa_lora": "fedpipe_ray.methods.ffa_lora:FfaLora",
     "flexlora": "fedpipe_ray.methods.flexlora:FlexLora",
@@ -43,6 +44,7 @@ METHODS = {
     "prefix": "fedpipe_ray.methods.prefix:Prefix",
     "prompt": "fedpipe_ray.methods.prompt:Prompt",
     "rolora": "fedpipe_ray.methods.rolora:RoLora",
+    "scaffold": "fedpipe_ray.methods.scaffold:Scaffold",
     "slora": "fedpipe_ray.methods.slora:SLora",
     "zeropad": "fedpipe_ray.methods.zeropad:ZeroPad",
 }

@@ -47,7 +47,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section, require
 from fedpipe_ray.zeroth_order import Direction, search
 
-from .base import FullWeights, Weights, arrivals
+from .base import FullWeights, Updates, Weights, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -93,6 +93,7 @@ class FedKSeed(Section):
     incremental: bool = True
 
     base: ClassVar[Literal["shared", "none"]] = "shared"
+    updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:
         for name in ("tau", "batch"):

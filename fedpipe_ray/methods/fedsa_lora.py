@@ -11,7 +11,8 @@ own B_k on its own rows, and their mean. The paper has it with rsLoRA too.
 Ours: B_k is the edge's private state, on its disk after each round; an edge that never took part has B_k = 0 and so the
 base model. p_k count the rows trained on; a classifier's head is shared, and averaged with the same weights. With
 `variant: dora` the magnitudes, which belong to the rows of the weight as B_k's do, stay on the edge beside it. A run
-exports nothing; `fedpipe export RUN --edge NAME` writes an edge's A and B as a PEFT adapter, where its private state is.
+exports nothing; `fedpipe export RUN --edge NAME` writes an edge's A and B as a PEFT adapter, where its private state
+is.
 """
 
 from __future__ import annotations

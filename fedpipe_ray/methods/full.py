@@ -23,7 +23,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section
 
-from .base import FullWeights, Weights, weighted_mean
+from .base import FullWeights, Updates, Weights, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -35,6 +35,7 @@ class Full(Section):
 
     base: ClassVar[Literal["shared", "none"]] = "shared"
     asynchronous: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The pretrained parameters, the server's own where they are float32."""

@@ -28,7 +28,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import require
 
-from .base import LoraMethod, weighted_mean
+from .base import LoraMethod, Updates, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -46,6 +46,7 @@ class Lora(LoraMethod):
     residual: bool = False
 
     asynchronous: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
