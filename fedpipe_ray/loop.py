@@ -12,12 +12,14 @@ import numpy as np
 
 from .errors import AllEdgesLost
 from .evaluate import Metrics, combine
+from .fitting import checked
 from .fleet import Fleet
 from .held import Held
 from .message import Message
-from .methods.base import Method, checked, shown
+from .methods.base import Method, shown
 from .randomness import rng_for
 from .report import Lost, Report, dropped
+from .server_optimizer import Moments, stepped
 from .settings import Profile
 from .site import Site
 from .traces import next_seconds
@@ -43,7 +45,8 @@ class Round:
     outcomes: Report (its message released) or Lost of every edge that was heard of, in the order of the fleet;
     evaluation: of every edge that has validation rows, empty where none was due. wall_seconds leave evaluate_seconds
     out. virtual_seconds: from the end of the round before to the end of this one, clock_seconds: at that end. flights:
-    the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep.
+    the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep. moments: of
+    server.optimizer, after it.
     """
 
     number: int
@@ -57,6 +60,7 @@ class Round:
     clock_seconds: float = 0.0
     flights: tuple[Flight, ...] = ()
     held: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    moments: Moments = field(default_factory=dict)
 
     @property
     def reports(self) -> list[Report]:
@@ -84,7 +88,7 @@ class Round:
 class Start:
     """Where a loop begins: `state` after `round` finished rounds, and the edges' private states by path and hash.
 
-    clock_seconds, flights, held: as of the last finished round.
+    clock_seconds, flights, held, moments: as of the last finished round.
     """
 
     state: Message
@@ -93,6 +97,7 @@ class Start:
     clock_seconds: float = 0.0
     flights: tuple[Flight, ...] = ()
     held: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    moments: Moments = field(default_factory=dict)
 
 
 def there(edges: Mapping[str, Profile], seed: int, round: int, clock_seconds: float) -> dict[str, Profile]:
@@ -165,6 +170,7 @@ def federate(
     """
     start = start or Start(method.start(server, rng_for(seed, 0, "start")))
     state, first, clock, held = start.state, start.round, start.clock_seconds, Held(start.held)
+    moments = start.moments
     del start  # or the first state would be held to the end
     deadline = math.inf if deadline_seconds is None else deadline_seconds
     for number in range(first, rounds):
@@ -175,13 +181,13 @@ def federate(
         planned = method.plan(state, edges, server, number, rng_for(seed, number, "plan"))
         orders, outcomes = held.mark(orders_of(planned)), dict[str, Report | Lost]()
         reports = with_left_out(planned, fleet.run(orders, number))
-        reports = checked(reports, orders, server.run.wire.dtype, server.run.server.norm_bound)
-        reports = on_time(reports, deadline)
+        reports = on_time(checked(reports, orders, server.run), deadline)
         arriving = watch(reports if used >= len(orders) else first_of(reports, used), outcomes)
         before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
         held.note(orders, outcomes)
         closed = closing(outcomes, used, deadline)
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
+        state, moments = optimized(method, server, before, state, moments, outcomes)
         del before, planned, orders, reports, arriving
         wall = time.perf_counter() - began
         evaluation = measured(fleet, shown(method, state, server), number + 1, rounds, evaluate_every)
@@ -190,8 +196,8 @@ def federate(
         seconds = opened - past + closed
         quality = combine(evaluation)
         yield Round(
-            number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges
-        )  # fmt: skip
+            number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges, moments=moments
+        )
 
 
 def orders_of(planned: Mapping[str, Message | Lost]) -> dict[str, Message]:
@@ -268,6 +274,17 @@ def usable(outcomes: Mapping[str, Report | Lost], round: int, *, learned: bool) 
     if not learned and not any(isinstance(outcome, Report) for outcome in found.values()):
         raise AllEdgesLost(round, list(found.values()))
     return found
+
+
+def optimized(
+    method: Method, server: Site, before: Message, after: Message, moments: Moments,
+    outcomes: Mapping[str, Report | Lost],
+) -> tuple[Message, Moments]:  # fmt: skip
+    """(the next state, the next moments): what server.optimizer makes of a round, if it has a usable report."""
+    how = server.run.server.optimizer
+    if how is None or not any(isinstance(outcome, Report) for outcome in outcomes.values()):
+        return after, moments
+    return stepped(before, after, moments, how, getattr(method, "aside", frozenset()))
 
 
 def watch(reports: Iterable[Report | Lost], outcomes: dict[str, Report | Lost]) -> Iterator[Report | Lost]:

@@ -12,10 +12,10 @@ from test_lost_edges import faulty, rounds
 from toy_rounds import Adding, toy_run
 
 from fedpipe_ray.buffered import federate_buffered
+from fedpipe_ray.fitting import fitting
 from fedpipe_ray.loop import Round, federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
-from fedpipe_ray.methods.base import fitting
 from fedpipe_ray.report import Lost
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run

@@ -17,7 +17,7 @@ import torch
 
 from fedpipe_ray import lora
 from fedpipe_ray.errors import UnfitUpdate
-from fedpipe_ray.message import DTYPES, Message
+from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section, require
 
@@ -126,11 +126,16 @@ class Method(Protocol):
     `none` = neither model nor data. asynchronous: whether updates that started from older states can be used
     (fleet.mode: buffered). It promises that an order is the state and depends on nothing else but the edge, that an
     update has the tensors of the state, and that `aggregate` moves with its arguments:
-    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does.
+    aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does. averaging: whether `aggregate` is
+    averaging.average, so that server.aggregator acts. pseudo_gradient: whether the state's tensors are numbers in one
+    basis over all rounds, so that server.optimizer can act on their changes; aside: names of those that are not.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
     asynchronous: ClassVar[bool] = False
+    averaging: ClassVar[bool] = False
+    pseudo_gradient: ClassVar[bool] = False
+    aside: ClassVar[frozenset[str]] = frozenset()
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""
@@ -200,41 +205,6 @@ def arrivals(
             yield report, message
         report.release()
         del message
-
-
-def checked(
-    reports: Iterable[Report | Lost], sent: Mapping[str, Message], wire: str, norm_bound: float | None
-) -> Iterator[Report | Lost]:
-    """The reports, with messages that raise UnfitUpdate where they do not fit what was `sent`, whatever the method."""
-    for report in reports:
-        if isinstance(report, Report) and report.fetch is not None:
-            report.fetch = partial(fitting, report.fetch, sent[report.edge], wire, norm_bound)
-        yield report
-
-
-def fitting(fetch: Callable[[], Message], sent: Message, wire: str, norm_bound: float | None) -> Message:
-    """What `fetch` gives. Raises UnfitUpdate for a tensor in another dtype than it was sent in, or too large a change.
-
-    wire: the dtype of floating-point tensors as sent. The change is that of all tensors together, in L2 norm; tensors
-    that the edge was not sent count whole.
-    """
-    message, squares = fetch(), 0.0
-    for name, tensor in message.tensors.items():
-        before = sent.tensors.get(name, tensor)
-        expected = DTYPES[wire] if before.is_floating_point() else before.dtype
-        if tensor.dtype != expected:
-            found, wanted = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, expected))
-            raise UnfitUpdate(f"its update has {name} in {found}, not {wanted}")
-        if norm_bound is not None:
-            change = tensor.double()
-            if name in sent.tensors and before.shape == tensor.shape:
-                change = change - before.to(expected).double()
-            squares += float(change.square().sum())
-    if norm_bound is not None and norm_bound**2 < squares < math.inf:  # not finite: the method names the tensor
-        raise UnfitUpdate(
-            f"its update is a change of L2 norm {math.sqrt(squares):.4g}, above server.norm_bound: {norm_bound:g}"
-        )
-    return message
 
 
 def unlike(message: Message, like: Mapping[str, torch.Tensor]) -> str | None:

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from fedpipe_ray.averaging import average
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 
-from .base import LoraMethod, weighted_mean
+from .base import LoraMethod
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -31,9 +32,11 @@ class Lora(LoraMethod):
     """FedIT: LoRA, sample-weighted average of A and of B."""
 
     asynchronous: ClassVar[bool] = True
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
 
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
-        """Sample-weighted mean of every tensor."""
-        return weighted_mean(state, reports)
+        """Sample-weighted mean of every tensor, or what server.aggregator names."""
+        return average(state, reports, server)
