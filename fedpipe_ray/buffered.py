@@ -30,9 +30,9 @@ from .arriving import checked
 from .errors import UnfitUpdate, UserError
 from .evaluate import combine
 from .fleet import Fleet
-from .loop import Flight, Round, Start, awaited, measured, orders_of, there, usable, watch
+from .loop import Flight, Round, Start, awaited, measured, optimized, orders_of, there, usable, watch
 from .message import Message
-from .methods import METHODS, method_class
+from .methods import declaring
 from .methods.base import Method, unlike
 from .randomness import rng_for
 from .report import Lost, Report, dropped
@@ -52,10 +52,9 @@ def check_buffered(run: Run, method: Method) -> None:
     if settings.mode == "synchronous":
         return
     if not getattr(method, "asynchronous", False):
-        able = ", ".join(name for name in METHODS if getattr(method_class(name), "asynchronous", False))
         raise UserError(
             f"fleet.mode: buffered: {type(method).__name__} cannot use updates that started from older states; "
-            f"methods that can: {able}; or set fleet.mode: synchronous"
+            f"methods that can: {declaring('asynchronous')}; or set fleet.mode: synchronous"
         )
     if settings.buffer is None:
         raise UserError(f"fleet.buffer: mode: buffered needs it: how many reports make a new state, 1 to {edges}")
@@ -133,7 +132,7 @@ def federate_buffered(
     AllEdgesLost if no report was usable, or no edge can ever be asked again.
     """
     start = start or Start(method.start(server, rng_for(seed, 0, "start")))
-    state, first, clock = start.state, start.round, start.clock_seconds
+    state, moments, first, clock = start.state, start.moments, start.round, start.clock_seconds
     dispatch = Dispatch(method, fleet, server, seed)
     dispatch.resume(start.flights)
     del start  # or the first state would be held to the end
@@ -149,12 +148,16 @@ def federate_buffered(
         used = watch(iter(arriving.values()), outcomes)
         before, state = state, method.aggregate(state, used, server, number, rng_for(seed, number, "aggregate"))
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
+        state, moments = optimized(method, server, before, state, moments, outcomes)
         del before, heard, arriving, used
         wall = time.perf_counter() - began
         evaluation = measured(fleet, state, number + 1, rounds, evaluate_every)
         spent = time.perf_counter() - began - wall
         flights = tuple(one.flight for one in dispatch.pending.values())
-        yield Round(number, state, outcomes, evaluation, combine(evaluation), wall, spent, clock - past, clock, flights)
+        yield Round(
+            number, state, outcomes, evaluation, combine(evaluation), wall, spent, clock - past, clock, flights,
+            moments=moments,
+        )  # fmt: skip
 
 
 def queued(dispatch: Dispatch, number: int, clock: float) -> tuple[float, deque[str]]:

@@ -19,6 +19,7 @@ from .message import Message
 from .methods.base import Method, shown
 from .randomness import rng_for
 from .report import Lost, Report, dropped
+from .server_optimizer import Moments, stepped
 from .settings import Profile
 from .site import Site
 from .traces import next_seconds
@@ -45,7 +46,7 @@ class Round:
     evaluation: of every edge that has validation rows, empty where none was due. wall_seconds leave evaluate_seconds
     out. virtual_seconds: from the end of the round before to the end of this one, clock_seconds: at that end. flights:
     the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep. server_loss: the
-    training loss of the server's own steps.
+    training loss of the server's own steps. moments: of server.optimizer, after it.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Round:
     flights: tuple[Flight, ...] = ()
     held: Mapping[str, frozenset[str]] = field(default_factory=dict)
     server_loss: float = math.nan
+    moments: Moments = field(default_factory=dict)
 
     @property
     def reports(self) -> list[Report]:
@@ -87,7 +89,7 @@ class Round:
 class Start:
     """Where a loop begins: `state` after `round` finished rounds, and the edges' private states by path and hash.
 
-    clock_seconds, flights, held: as of the last finished round.
+    clock_seconds, flights, held, moments: as of the last finished round.
     """
 
     state: Message
@@ -96,6 +98,7 @@ class Start:
     clock_seconds: float = 0.0
     flights: tuple[Flight, ...] = ()
     held: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    moments: Moments = field(default_factory=dict)
 
 
 def there(edges: Mapping[str, Profile], seed: int, round: int, clock_seconds: float) -> dict[str, Profile]:
@@ -168,6 +171,7 @@ def federate(
     """
     start = start or Start(method.start(server, rng_for(seed, 0, "start")))
     state, first, clock, held = start.state, start.round, start.clock_seconds, Held(start.held)
+    moments = start.moments
     del start  # or the first state would be held to the end
     deadline = math.inf if deadline_seconds is None else deadline_seconds
     for number in range(first, rounds):
@@ -178,13 +182,13 @@ def federate(
         planned = method.plan(state, edges, server, number, rng_for(seed, number, "plan"))
         orders, outcomes = held.mark(orders_of(planned)), dict[str, Report | Lost]()
         reports = with_left_out(planned, fleet.run(orders, number))
-        reports = checked(reports, orders, server.run)
-        reports = on_time(reports, deadline)
+        reports = on_time(checked(reports, orders, server.run), deadline)
         arriving = watch(reports if used >= len(orders) else first_of(reports, used), outcomes)
         before, state = state, method.aggregate(state, arriving, server, number, rng_for(seed, number, "aggregate"))
         held.note(orders, outcomes)
         closed = closing(outcomes, used, deadline) + server.cost.virtual_seconds  # 0 unless a method puts it there
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
+        state, moments = optimized(method, server, before, state, moments, outcomes)
         del before, planned, orders, reports, arriving
         wall = time.perf_counter() - began
         evaluation = measured(fleet, shown(method, state, server), number + 1, rounds, evaluate_every)
@@ -194,7 +198,7 @@ def federate(
         quality = combine(evaluation)
         yield Round(
             number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges,
-            server_loss=server.train_loss,
+            server_loss=server.train_loss, moments=moments,
         )  # fmt: skip
 
 
@@ -272,6 +276,17 @@ def usable(outcomes: Mapping[str, Report | Lost], round: int, *, learned: bool) 
     if not learned and not any(isinstance(outcome, Report) for outcome in found.values()):
         raise AllEdgesLost(round, list(found.values()))
     return found
+
+
+def optimized(
+    method: Method, server: Site, before: Message, after: Message, moments: Moments,
+    outcomes: Mapping[str, Report | Lost],
+) -> tuple[Message, Moments]:  # fmt: skip
+    """(the next state, the next moments): what server.optimizer makes of a round, if it has a usable report."""
+    how = server.run.server.optimizer
+    if how is None or not any(isinstance(outcome, Report) for outcome in outcomes.values()):
+        return after, moments
+    return stepped(before, after, moments, how, getattr(method, "aside", frozenset()))
 
 
 def watch(reports: Iterable[Report | Lost], outcomes: dict[str, Report | Lost]) -> Iterator[Report | Lost]:

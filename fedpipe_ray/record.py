@@ -24,6 +24,7 @@ from .loop import Round, Start
 from .message import Message, write_atomically
 from .remote import RemoteFolder, is_url, local
 from .report import Lost
+from .server_optimizer import apart, together
 from .settings import Run
 
 log = logging.getLogger("fedpipe")
@@ -173,7 +174,7 @@ class RunFolder:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         manifest = {one.name: getattr(point, one.name) for one in fields(point) if one.name != "start"}
-        digest = point.start.state.save(aside / "state.safetensors")
+        digest = together(point.start.state, point.start.moments).save(aside / "state.safetensors")
         manifest |= {
             "format": FORMAT,
             "round": point.start.round,
@@ -258,10 +259,10 @@ def _read_checkpoint(place: Path) -> Checkpoint:
     manifest = json.loads((place / "manifest.json").read_text())
     if manifest.pop("format") != FORMAT:
         raise ValueError("it has another format")
-    state = Message.load(place / "state.safetensors", manifest.pop("state_sha256"))
+    state, moments = apart(Message.load(place / "state.safetensors", manifest.pop("state_sha256")))
     flights, clock = flights_loaded(manifest.pop("flights", []), place), manifest.pop("clock_seconds", 0.0)
     held = ungrouped(manifest.pop("held", []))
-    start = Start(state, manifest.pop("round"), manifest.pop("private"), clock, flights, held)
+    start = Start(state, manifest.pop("round"), manifest.pop("private"), clock, flights, held, moments)
     return Checkpoint(start=start, **manifest)
 
 

@@ -30,6 +30,7 @@ from .pretrain import builtin_model
 from .randomness import rng_for
 from .record import Checkpoint, RunFolder, round_record
 from .report import Lost, Report
+from .server_checks import check_server
 from .settings import Run
 from .site import SERVER, Ready, Site
 from .views import PERSONAL_HINT, check_personal, first_view, is_personal
@@ -61,6 +62,7 @@ def preflight(run: Run) -> Method:
     check_buffered(run, method)
     check_personal(run, method)
     check_codec(run, method)
+    check_server(run, method)
     return method
 
 
@@ -208,7 +210,8 @@ class Experiment:
             point.totals[key] += record[key]
         left = {edge: outcome.private for edge, outcome in done.outcomes.items() if outcome.private is not None}
         private = {**point.start.private, **left}
-        point.start = Start(done.state, done.number + 1, private, done.clock_seconds, done.flights, done.held)
+        clock, flights = done.clock_seconds, done.flights
+        point.start = Start(done.state, done.number + 1, private, clock, flights, done.held, done.moments)
         if "loss" in done.quality:
             loss = done.quality["loss"]
             point.history.append({"round": done.number + 1, "loss": loss})

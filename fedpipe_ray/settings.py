@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from .fleet_settings import FleetSettings, Profile
 from .section import Section, require
+from .server_settings import Aggregator, Optimizer
 
 __all__ = [
     "Data", "Evaluate", "FleetSettings", "Local", "Model", "Partition", "Profile", "Run", "Section", "ServerSettings",
@@ -167,15 +168,26 @@ class Local(Section):
 class ServerSettings(Section):
     """data: the server's own public rows, for methods that align or distil on them.
 
-    norm_bound: an update whose change has a larger L2 norm, over all its tensors, is rejected.
+    norm_bound: an update whose change has a larger L2 norm, over all its tensors, is rejected; norm_clip: its change is
+    scaled down to this norm. aggregator: how updates become one; optimizer: what makes the next state of that (null: it
+    is the next state).
     """
 
     data: Data | None = None
     norm_bound: float | None = None
+    norm_clip: float | None = None
+    aggregator: Aggregator = field(default_factory=Aggregator)
+    optimizer: Optimizer | None = None
 
     def __post_init__(self) -> None:
-        bound = self.norm_bound
+        bound, clip = self.norm_bound, self.norm_clip
         require(bound is None or bound > 0, f"server.norm_bound: {bound} must be above 0")
+        require(clip is None or clip > 0, f"server.norm_clip: {clip} must be above 0")
+        require(
+            bound is None or clip is None or clip < bound,
+            f"server.norm_clip: {clip} does nothing beside server.norm_bound: {bound}, which rejects what is above; "
+            "give a smaller one",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

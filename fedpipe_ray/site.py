@@ -208,9 +208,8 @@ class Site:
         the method shows.
         """
         torch.set_num_threads(self.run.local.threads)
-        self.private, _ = without_carried(
-            self.private_before(max(self._rests, default=0))
-        )  # of the last round that came to its end here
+        ended = max(self._rests, default=0)  # the last round that came to its end here
+        self.private, _ = without_carried(self.private_before(ended))
         self.progress.status = "evaluating"
         if self.sent and state is not None:
             self.build(state)

@@ -9,12 +9,14 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from .buffered import check_buffered
 from .errors import AllEdgesLost, UserError
 from .fleet import Fleet, Kept, SerialFleet
 from .methods import make_method
 from .methods.base import Method
 from .record import finite, round_record
 from .run import rounds_of, server_site
+from .server_checks import check_server
 from .settings import Run
 
 Record = Mapping[str, Any]  # a line of rounds.jsonl
@@ -53,6 +55,8 @@ class Executor(Protocol):
 def records_of(run: Run, open_fleet: Callable[[Run, Method], Fleet]) -> Iterator[Record]:
     """The record of each round of a run, as it is done; the fleet ends with it. Raises UserError, AllEdgesLost."""
     method = make_method(run.method)
+    check_buffered(run, method)
+    check_server(run, method)
     with closing(open_fleet(run, method)) as fleet:
         fleet.open()
         server = server_site(run, method, list(getattr(fleet, "classes", [])))

@@ -16,10 +16,11 @@ from test_parity import assert_alike, rounds_of
 from torch import Tensor
 
 from fedpipe_ray import lora
+from fedpipe_ray.arriving import checked
 from fedpipe_ray.buffered import federate_buffered
 from fedpipe_ray.factors import exact_mean, factor
 from fedpipe_ray.message import Message
-from fedpipe_ray.methods.base import checked, weighted_mean
+from fedpipe_ray.methods.base import weighted_mean
 from fedpipe_ray.methods.fed_sb import FedSb
 from fedpipe_ray.methods.ffa_lora import FfaLora
 from fedpipe_ray.methods.rolora import RoLora
@@ -209,11 +210,12 @@ def test_rolora_takes_turns(run_file: Path) -> None:
 
 def test_a_bound_on_changes_sees_what_was_sent_to_be_kept(run_file: Path) -> None:
     """From the third round on B is not zero: its change is far smaller than itself."""
-    fleet, method, server, state = opened_run(run_file, "method={name: rolora, rank: 4}", "local.lr=1e-6")
+    settings = ("method={name: rolora, rank: 4}", "local.lr=1e-6", "server.norm_bound=0.1")
+    fleet, method, server, state = opened_run(run_file, *settings)
     big = Message({n: torch.ones_like(t) for n, t in state.tensors.items()})
     start = method.plan(big, fleet.edges, server, 0, NOBODY)
     assert start["a"].kept
-    for one in checked(fleet.run(start, 0), start, "float32", norm_bound=0.1):
+    for one in checked(fleet.run(start, 0), start, server.run):
         assert isinstance(one, Report)
         assert float(one.message().tensors[next(n for n in state.tensors if factor(n) == "B")].norm()) > 5
 

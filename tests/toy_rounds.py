@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from runs import fleet_of as opened_fleet
 
+from fedpipe_ray.averaging import average
 from fedpipe_ray.config import build
 from fedpipe_ray.errors import DivergedError
 from fedpipe_ray.fleet import Fleet, SerialFleet
 from fedpipe_ray.loop import Round, federate
 from fedpipe_ray.message import Message
-from fedpipe_ray.methods.base import Weights, weighted_mean
+from fedpipe_ray.methods.base import Weights
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Profile, Run, Section
@@ -36,6 +37,8 @@ class Adding(Section):
 
     base: ClassVar[Literal["shared", "none"]] = "none"
     asynchronous: ClassVar[bool] = True
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         return Message({"x": torch.zeros(1)})
@@ -63,7 +66,7 @@ class Adding(Section):
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
-        return weighted_mean(state, reports)
+        return average(state, reports, server)
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         return {}
@@ -115,6 +118,17 @@ class Noting:
             return fetch()
 
         return noted
+
+
+def on_fleet(kind: str, count: int, method: Any, run: Run, loop: Any = federate, **options: Any) -> list[Round]:
+    """Rounds of a run on a fleet of this kind, in either loop, without evaluations."""
+    fleet = opened_fleet(kind, run, method)
+    try:
+        fleet.open()
+        server = server_site(run, method, [])
+        return list(loop(method, fleet, server, rounds=count, seed=0, evaluate_every=0, **options))
+    finally:
+        fleet.close()
 
 
 def noted_rounds(

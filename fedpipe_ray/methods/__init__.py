@@ -72,6 +72,11 @@ def method_class(name: str) -> type:
     return found
 
 
+def declaring(what: str) -> str:
+    """The names of the methods whose class variable `what` is true."""
+    return ", ".join(name for name in METHODS if getattr(method_class(name), what, False))
+
+
 def make_method(settings: Mapping[str, Any]) -> Method:
     """The method that the run file's `method` section describes, its hyperparameters checked. Raises UserError."""
     fields = {key: value for key, value in settings.items() if key != "name"}

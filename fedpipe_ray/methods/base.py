@@ -132,12 +132,18 @@ class Method(Protocol):
     update has the tensors of the state, and that `aggregate` moves with its arguments:
     aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does. updates: what wire.codec may do: `values`
     of their own; `changes` of the order's tensors of the same names; or of `entries` that mean the same in every round.
+    averaging: whether `aggregate` is averaging.average, so that server.aggregator acts. pseudo_gradient: whether the
+    state's tensors are numbers in one basis over all rounds, so that server.optimizer can act on their changes; aside:
+    names of those that are not.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
     personal: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = False
     updates: ClassVar[Updates] = "changes"
+    averaging: ClassVar[bool] = False
+    pseudo_gradient: ClassVar[bool] = False
+    aside: ClassVar[frozenset[str]] = frozenset()
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from fedpipe_ray import subset
+from fedpipe_ray.averaging import average
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.message import Message
 from fedpipe_ray.model import head_names
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section
 
-from .base import Weights, weighted_mean
+from .base import Updates, Weights
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -36,6 +37,9 @@ class BitFit(Section):
 
     base: ClassVar[Literal["shared", "none"]] = "shared"
     asynchronous: ClassVar[bool] = True
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def check(self, site: Site) -> None:
         """Raises UserError for a model without biases."""
@@ -61,7 +65,7 @@ class BitFit(Section):
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """Sample-weighted mean of every tensor."""
-        return weighted_mean(state, reports)
+        return average(state, reports, server)
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the global biases."""

@@ -119,11 +119,13 @@ class FedKSeed(Section):
                 "bits: name the unquantized checkpoint, or use method.name: lora or fedpipe"
             )
         Flat(model)
-        if site.run.server.norm_bound is not None:
-            raise UserError(
-                f"server.norm_bound: {site.run.server.norm_bound:g} bounds changes of tensors, and fedkseed sends "
-                "indices and slopes; remove it"
-            )
+        for name in ("norm_bound", "norm_clip"):
+            bound = getattr(site.run.server, name)
+            if bound is not None:
+                raise UserError(
+                    f"server.{name}: {bound:g} bounds changes of tensors, and fedkseed sends indices and slopes; "
+                    "remove it"
+                )
         if self.stepped == "stored":
             log.warning("method.stepped: stored: with 16-bit weights most steps are too small to change them")
 

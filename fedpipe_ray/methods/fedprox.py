@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from fedpipe_ray import lora
+from fedpipe_ray.averaging import average
 from fedpipe_ray.message import Message
 from fedpipe_ray.proximal import Near
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import require
 from fedpipe_ray.train import summed_loss
 
-from .base import LoraMethod, Updates, weighted_mean
+from .base import LoraMethod, Updates
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -39,6 +40,8 @@ class FedProx(LoraMethod):
     mu: float = 0.01
 
     asynchronous: ClassVar[bool] = True
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
     updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
@@ -57,4 +60,4 @@ class FedProx(LoraMethod):
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """Sample-weighted mean of every tensor."""
-        return weighted_mean(state, reports)
+        return average(state, reports, server)

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 
 from fedpipe_ray import lora
+from fedpipe_ray.averaging import average
 from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 
-from .base import LoraMethod, LoraWeights, Weights, weighted_mean
+from .base import LoraMethod, LoraWeights, Weights
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -45,6 +46,8 @@ class FedSaLora(LoraMethod):
     variant: Variant = "plain"
 
     personal: ClassVar[bool] = True
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """A fresh A, and the head of a classifier as the base model has it."""
@@ -75,7 +78,7 @@ class FedSaLora(LoraMethod):
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """Sample-weighted mean of A and of the head."""
-        return weighted_mean(state, reports)
+        return average(state, reports, server)
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: an edge's personal adapter."""

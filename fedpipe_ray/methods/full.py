@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from fedpipe_ray import lora
+from fedpipe_ray.averaging import average
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section
 
-from .base import FullWeights, Updates, Weights, weighted_mean
+from .base import FullWeights, Updates, Weights
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -36,6 +37,8 @@ class Full(Section):
     base: ClassVar[Literal["shared", "none"]] = "shared"
     asynchronous: ClassVar[bool] = True
     updates: ClassVar[Updates] = "entries"
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The pretrained parameters, the server's own where they are float32."""
@@ -57,8 +60,8 @@ class Full(Section):
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
-        """Sample-weighted mean of every parameter."""
-        return weighted_mean(state, reports)
+        """Sample-weighted mean of every parameter, or what server.aggregator names."""
+        return average(state, reports, server)
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the global model."""

@@ -25,7 +25,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -90,6 +90,9 @@ class Jcpba(LoraMethod):
     outage: float = 0.0
     score: Literal["magnitude", "taylor"] = "magnitude"
     score_every: int = 8
+
+    pseudo_gradient: ClassVar[bool] = True
+    aside: ClassVar[frozenset[str]] = frozenset({SCORES})
 
     def __post_init__(self) -> None:
         super().__post_init__()

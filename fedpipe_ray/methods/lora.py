@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from fedpipe_ray.averaging import average
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.folding import MEASURED, Sums, pairs_of
 from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
@@ -46,6 +48,8 @@ class Lora(LoraMethod):
     residual: bool = False
 
     asynchronous: ClassVar[bool] = True
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
     updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
@@ -55,12 +59,19 @@ class Lora(LoraMethod):
             "method.residual: with variant: dora the update is no product of factors; leave residual out",
         )
 
+    def check(self, site: Site) -> None:
+        """Raises UserError as LoraMethod does, and for a residual of what is no mean."""
+        super().check(site)
+        rule = site.run.server.aggregator.name
+        if self.residual and rule != "mean":
+            raise UserError(f"method.residual: is that of a mean, and server.aggregator is {rule}; leave one out")
+
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
-        """Sample-weighted mean of every tensor."""
+        """Sample-weighted mean of every tensor, or what server.aggregator names."""
         if not self.residual:
-            return weighted_mean(state, reports)
+            return average(state, reports, server)
         sums = Sums(MEASURED * self.rank)
         after = weighted_mean(state, reports, also=sums.add)
         if not sums.total:

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 
 from fedpipe_ray import virtual
+from fedpipe_ray.averaging import average
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, Section, require
 
-from .base import Weights, weighted_mean
+from .base import Updates, Weights
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -40,6 +41,9 @@ class Prefix(Section):
 
     base: ClassVar[Literal["shared", "none"]] = "shared"
     asynchronous: ClassVar[bool] = True
+    averaging: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         require(self.tokens >= 1, f"method.tokens: {self.tokens} must be at least 1")
@@ -71,7 +75,7 @@ class Prefix(Section):
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """Sample-weighted mean of the prefixes."""
-        return weighted_mean(state, reports)
+        return average(state, reports, server)
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the global prefix."""

@@ -1,0 +1,35 @@
+"""Whether the `server` section, the method and the number of edges fit together."""
+
+from __future__ import annotations
+
+from .errors import UserError
+from .loop import counts
+from .methods import declaring
+from .methods.base import Method
+from .settings import Run
+
+
+def check_server(run: Run, method: Method) -> None:
+    """Raises UserError if the method has nothing that server.optimizer or server.aggregator could act on.
+
+    Or if a round cannot have as many updates as the aggregator needs, though every edge were there.
+    """
+    name, optimizer, aggregator = type(method).__name__, run.server.optimizer, run.server.aggregator
+    if optimizer is not None and not getattr(method, "pseudo_gradient", False):
+        raise UserError(
+            f"server.optimizer: {optimizer.name} acts on changes of numbers that mean the same in every round, "
+            f"and the state of {name} has none; methods that have them: {declaring('pseudo_gradient')}; or leave it out"
+        )
+    if aggregator.name == "mean":
+        return
+    if not getattr(method, "averaging", False):
+        raise UserError(
+            f"server.aggregator: {aggregator.name} takes the place of a mean of whole updates, and {name} takes none; "
+            f"methods that do: {declaring('averaging')}; or leave it out"
+        )
+    fleet, edges = run.fleet, len(run.fleet.edges)
+    used = fleet.buffer or edges if fleet.mode == "buffered" else counts(edges, fleet.fraction)[0]
+    short = aggregator.shortage(used)
+    if short is not None:
+        where = f"fleet.buffer: {used}" if fleet.mode == "buffered" else f"fleet.fraction: {fleet.fraction:g}"
+        raise UserError(f"{short}, or have more than {used} of the {edges} edges in a round ({where})")
