@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from .model import Base, stored_bytes
 from .settings import Local
 from .train import checkpointing
 
+MARGIN = 1.1  # calibrated bytes are planned this much higher
 Points = tuple[tuple[int, int], tuple[int, int]]  # two batches, small and large: (rows, tokens of each)
 
 
@@ -56,6 +58,16 @@ class Calibration:
     def memory_bytes(self, tokens: float, trained: int) -> float:
         """At the peak of a step with so many trained parameters."""
         return self.bytes_fixed + tokens * self.bytes_token + (4 + ADAM_BYTES) * (trained - self.trained)
+
+    def parts(self, batch: int, accumulate: int, length: int, limit: float) -> int:
+        """Into how many parts a batch of rows so long is split, at least `accumulate`, so that one stays below `limit`.
+
+        Bytes with MARGIN; of one row if nothing fits.
+        """
+        for count in range(accumulate, batch):
+            if MARGIN * self.memory_bytes(math.ceil(batch / count) * length, self.trained) <= limit:
+                return count
+        return batch
 
     def numbers(self) -> dict[str, float]:
         """As a Message's numbers carry it."""

@@ -20,7 +20,7 @@ import torch
 
 from . import lora
 from .batches import collate, sums
-from .calibrate import Calibration
+from .calibrate import MARGIN, Calibration
 from .costs import ADAM_BYTES, parameters_of
 from .facts import Facts
 from .message import DTYPES
@@ -30,7 +30,6 @@ from .settings import Profile
 
 BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
 CONTEXT = 128 * 2**20  # bytes an uncalibrated CPU process may grow by whatever the model: scratch, arenas, mapped rows
-MARGIN = 1.1  # calibrated bytes are planned this much higher
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,16 @@ def test_the_line_by_hand() -> None:
     assert LINE.memory_bytes(30, 70) == 1000 + 300 + 16 * 20
 
 
+@pytest.mark.parametrize(
+    ("limit", "parts"), [(3000, 1), (2859, 2), (1981, 2), (1979, 3), (1541, 4), (1539, 8), (1100, 8)]
+)
+def test_a_batch_is_split_until_its_parts_fit(limit: float, parts: int) -> None:
+    """Eight rows of 20 tokens: 1.1 (1000 + 1600) = 2860; four of them 1980, three 1760, two 1540, one 1320."""
+    assert LINE.parts(8, 1, 20, limit) == parts
+    assert LINE.parts(8, 4, 20, limit) == max(parts, 4)
+    assert LINE.parts(1, 1, 20, limit) == 1
+
+
 def test_numbers_carry_it_and_half_of_them_are_none() -> None:
     told = {f"e/{CALIBRATION}8.{name}": value for name, value in LINE.numbers().items()}
     assert calibrations_of("e", told) == {8: LINE}

@@ -200,7 +200,7 @@ class FedPipe(LoraMethod):
         known = calibrations_of(found.edge, state.numbers).get(found.bits)
         longest = facts_of({found.edge: None}, state.numbers, server.run.data.max_length)[found.edge].longest
         rows = math.ceil(found.batch / min(found.batch, server.run.local.accumulate))
-        far = known is None or rows * longest > 4 * known.tokens
+        far = known is None or rows * longest > 2 * known.tokens
         needed = server.run.fleet.clock == "real" or found.capacity_bytes < math.inf
         return {
             "bits": found.bits, "batch": found.batch, "steps": found.steps, "calibrate": float(needed and far),
@@ -291,6 +291,7 @@ class FedPipe(LoraMethod):
             points = points_for(math.ceil(batch / size["accumulate"]), int(numbers["longest"]))
             found = calibrated(base, trained, points, int(numbers["terms"]), frozen=frozen, local=local)
             numbers |= {f"{CALIBRATION}{base.bits}.{name}": value for name, value in found.numbers().items()}
+            size["accumulate"] = found.parts(**size, length=int(numbers["longest"]), limit=site.profile.capacity_bytes)
         if "survey" in order.numbers:
             return Message({}, numbers)
         model = lora.attach(base, trained, frozen)
