@@ -131,7 +131,7 @@ def test_no_run_file(capsys: pytest.CaptureFixture[str], run_file: Path, tmp_pat
         ("fleet.profiles=clusters/laptop.yaml", "fleet.edges: no edge a in clusters/laptop.yaml; it has tower, laptop"),
         # methods
         ("method.name=lorra", "method.name: no method 'lorra'; did you mean lora? There are: "),
-        ("method.name=zebra", "method.name: no method 'zebra'; give module:Class for your own. There are: ... lora"),
+        ("method.name=quagga", "method.name: no method 'quagga'; give module:Class for your own. There are: ... lora"),
         ("method.name=nowhere:Own", "method.name: cannot import 'nowhere:Own': No module named 'nowhere'; is its"),
         ("method.name=faulty:Own", "method.name: cannot import 'faulty:Own': module ... has no attribute 'Own'"),
         ("method.name=fractions:Fraction", "method.name: fractions:Fraction is no method: it has no start, plan,"),

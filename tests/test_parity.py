@@ -52,6 +52,10 @@ def rounds_of(kind: str, path: Path, *overrides: str) -> list[Round]:
                 "wire.dtype=bfloat16",
             ),
         ),
+        (
+            ("packed",),
+            ("method={name: flora, ranks: {a: 2}}", "rounds=3", "fleet.fraction=0.67", "wire.dtype=bfloat16"),
+        ),
     ],
     ids=[
         "plain",
@@ -61,6 +65,7 @@ def rounds_of(kind: str, path: Path, *overrides: str) -> list[Round]:
         "fedadapter",
         "jcpba",
         "fedkseed",
+        "flora",
     ],
 )
 def test_serial_and_ray_agree_bitwise(
