@@ -56,9 +56,11 @@ def average(state: Message, reports: Iterable[Report | Lost], server: Site) -> M
     If some are and the rule needs more, they are rejected with the reason, and the state counts the round as skipped.
     """
     how = server.run.server.aggregator
+    # As on edges: thread counts change bits. On a busy machine several threads, which wait for one another after every
+    # tensor, were slower than one.
+    torch.set_num_threads(server.run.local.threads)
     if how.name == "mean":
         return weighted_mean(state, reports)
-    torch.set_num_threads(server.run.local.threads)  # of matrix products, too, threads change bits
     used: list[Report] = []
     updates: list[Message] = []
     for report, message in arrivals(reports, partial(unlike, like=state.tensors)):
