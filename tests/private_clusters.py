@@ -47,6 +47,14 @@ class Cluster:
         for name, log in zip(names, logs, strict=True):
             wait_until_up(self.nodes[name], log)
 
+    def node_of(self, pid: int) -> str:
+        """The name of the node on which a process runs."""
+        return next(
+            name
+            for name, node in self.nodes.items()
+            if any(process.pid == pid for process in psutil.Process(node.pid).children(recursive=True))
+        )
+
     def leave(self, name: str, *, warned: bool) -> None:
         """Removes a node. warned: as one that is shut down; else as one whose power fails."""
         process = self.nodes.pop(name)
@@ -78,15 +86,22 @@ def cluster(folder: Path, **settings: str) -> Iterator[Cluster]:
 
 @contextmanager
 def autoscaled(folder: Path, **types: Mapping[str, float]) -> Iterator[str]:
-    """The address of a head without CPUs whose autoscaler starts nodes; ends those that were idle for 5 s.
+    """The address of a head without CPUs whose autoscaler starts nodes; ends those that were idle for 10 s.
 
     types: node type -> its resources; at most two nodes of each. It is Ray's own, with its provider for tests.
     """
     (port,) = free_ports(1)
     (config := folder / "autoscaler.json").write_text(json.dumps(_autoscaler(port, types)))
-    settings = {**SETTINGS, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    settings = {
+        **SETTINGS, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "120",  # on a busy machine a node that starts is silent for long
+    }  # fmt: skip
     with head(folder, "--num-cpus=0", f"--autoscaling-config={config}", port=port, **settings) as address:
-        yield address
+        try:
+            yield address
+        except BaseException:
+            print(*(log.read_text()[-20000:] for log in folder.glob("session_2*/logs/monitor.log")))
+            raise
 
 
 def raylets(folder: Path) -> int:
@@ -103,7 +118,7 @@ def _autoscaler(port: int, types: Mapping[str, Mapping[str, float]]) -> dict[str
         "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
     )  # fmt: skip
     return {
-        "cluster_name": "test", "max_workers": 2 * len(types), "upscaling_speed": 1.0, "idle_timeout_minutes": 5 / 60,
+        "cluster_name": "test", "max_workers": 2 * len(types), "upscaling_speed": 1.0, "idle_timeout_minutes": 10 / 60,
         "provider": {
             "type": "external", "module": provider, "gcs_address": f"127.0.0.1:{port}", "use_node_id_as_ip": True,
             "disable_node_updaters": True, "disable_launch_config_check": True,
