@@ -91,7 +91,7 @@ def autoscaled(folder: Path, **types: Mapping[str, float]) -> Iterator[str]:
     types: node type -> its resources; at most two nodes of each. It is Ray's own, with its provider for tests.
     """
     (port,) = free_ports(1)
-    (config := folder / "autoscaler.json").write_text(json.dumps(_autoscaler(port, types)))
+    (config := folder / "autoscaler.json").write_text(json.dumps(_autoscaler(folder, port, types)))
     settings = {
         **SETTINGS, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "120",  # on a busy machine a node that starts is silent for long
@@ -106,13 +106,16 @@ def autoscaled(folder: Path, **types: Mapping[str, float]) -> Iterator[str]:
 
 def raylets(folder: Path) -> int:
     """How many nodes run in `folder`, the head among them."""
-    return sum(process.name() == "raylet" for process in belonging(folder))
+    count = 0
+    for process in belonging(folder):
+        with suppress(psutil.NoSuchProcess):
+            count += process.name() == "raylet"
+    return count
 
 
-def _autoscaler(port: int, types: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _autoscaler(folder: Path, port: int, types: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What a cluster file says, with every key that its reader asks for."""
     kinds = {name: {"resources": dict(has), "node_config": {}, "max_workers": 2} for name, has in types.items()}
-    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     lists = (
         "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
         "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
@@ -120,8 +123,9 @@ def _autoscaler(port: int, types: Mapping[str, Mapping[str, float]]) -> dict[str
     return {
         "cluster_name": "test", "max_workers": 2 * len(types), "upscaling_speed": 1.0, "idle_timeout_minutes": 10 / 60,
         "provider": {
-            "type": "external", "module": provider, "gcs_address": f"127.0.0.1:{port}", "use_node_id_as_ip": True,
-            "disable_node_updaters": True, "disable_launch_config_check": True,
+            "type": "external", "module": "nodes_apart.NodesApart", "folder": str(folder),
+            "gcs_address": f"127.0.0.1:{port}", "use_node_id_as_ip": True, "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **kinds
