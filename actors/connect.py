@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 from fedpipe_ray.settings import Run
 
 from .knock import knock
+
+log = logging.getLogger("fedpipe")
 
 LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every listener on loopback
@@ -32,6 +35,7 @@ ALWAYS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TORCHDYNAMO_DISABLE": "1",  # as in fedpipe_ray/__main__.py, for programs that start elsewhere
 }
+NODE_LEFT = ("has been marked dead", "Raylet is terminated")  # Ray's words
 _begun: list[bool] = []  # what the `connect` of `starting` gave, until another takes it
 _zygotes: list[tuple[subprocess.Popen[bytes], str]] = []  # of this process, each with its folder
 
@@ -77,6 +81,7 @@ def connect(address: str | None, forked: bool = True) -> bool:
 
     if ray.is_initialized():
         return False
+    news_to_log()
     if address is not None and not inside_job():
         knock(address)
     try:
@@ -96,6 +101,26 @@ def connect(address: str | None, forked: bool = True) -> bool:
             f"(RAY_AUTH_MODE is {mode}; it must be that of the cluster)"
         ) from error
     return False
+
+
+def news_to_log() -> None:
+    """Has Ray's news for all drivers go to our log instead of the terminal; call it once Ray is imported.
+
+    A thread of every driver prints them, whatever `log_to_driver` is, and Ray has no setting for it: only its printing
+    can be replaced. A node that left is told by our own lines, so that goes to the run's log alone; of the rest the
+    first line is shown.
+    """
+    from ray._private import worker
+
+    def note(data: Any, ignore_prefix: bool = False) -> None:
+        for text in data["lines"]:
+            first, _, rest = text.strip().partition("\n")
+            known = any(words in text for words in NODE_LEFT)
+            log.log(logging.DEBUG if known else logging.WARNING, "Ray: %s", first)
+            if rest:  # such as the end of another process's log
+                log.debug("%s", rest)
+
+    worker.print_to_stdstream = note
 
 
 def without_gpus(run: Run) -> bool:

@@ -170,7 +170,6 @@ class RayFleet:
 
     def close(self) -> None:
         """Ends the actors, and Ray if it was started here."""
-        self.room.give_back()
         self.workers.close()
         if self.owns_ray:
             disconnect()

@@ -146,6 +146,15 @@ def without(nodes: Sequence[Node], taken: Iterable[tuple[str, Profile]]) -> list
     return [dataclasses.replace(node, resources=left[node.id]) for node in nodes]
 
 
+def only_free(nodes: Sequence[Node]) -> list[Node]:
+    """The nodes with what nobody uses now as all they have."""
+    free = {node.id: node.free or {} for node in nodes}
+    return [
+        dataclasses.replace(node, resources={k: min(v, free[node.id].get(k, 0.0)) for k, v in node.resources.items()})
+        for node in nodes
+    ]
+
+
 def device_fault(profile: Profile, name: str, total_bytes: int) -> str | None:
     """What is wrong with the GPU that an edge got, by its name and memory; None if it is what its profile says.
 
@@ -263,6 +272,11 @@ def _refusal(profile: Profile, nodes: Sequence[Node]) -> str:
         f"the {len(fitting)} node(s) offer {_listed(offer)} in all; "
         "lower the profiles, use fewer edges, or fleet.ray=false"
     )
+
+
+def asked_for(pool: Pool) -> str:
+    """Why a pool has no worker whose demand some node could hold."""
+    return f"edge {pool.name}: no node has {_listed(demand(pool.profile))} free; it is asked for"
 
 
 def _listed(amounts: Mapping[str, float]) -> str:

@@ -2,12 +2,14 @@
 
 A worker of the first kind reserves the threads that a run trains with. One of the second kind is only a coordinator and
 reserves nothing, lest coordinators take the room that their own fleets wait for. Workers start when there is a task for
-them and end when there is none, so that an autoscaler sees what is needed.
+them and end when there is none. An autoscaler sees workers that wait for room, and what the fleets of coordinators ask
+for (claims.py): together what the trials at work need, and nothing when none is left.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from contextlib import suppress
@@ -23,10 +25,14 @@ from fedpipe_ray.methods.base import Method
 from fedpipe_ray.settings import Profile, Run
 from fedpipe_ray.trial import Event, advanced, ended, kept_fleet, records_of
 
+from .claims import of_actors, withdraw_of
 from .connect import connect, disconnect, forking, without_gpus
 from .faults import fault_of
 from .placement import Node, unplaceable
+from .room import SAY_SECONDS
 from .workers import nodes_now
+
+log = logging.getLogger("fedpipe")
 
 
 class TrialActor:
@@ -64,9 +70,13 @@ def ray_fleet(run: Run, method: Method) -> Fleet:
 
 @dataclass(eq=False)
 class Seat:
-    """A worker and what it has to do. ref: to wait for; handed_out: whether its round was, so that it may go on."""
+    """A worker and what it has to do. ref: to wait for; handed_out: whether its round was, so that it may go on.
+
+    there: to wait for until it has its room, where an autoscaler may have to bring that.
+    """
 
     actor: Any
+    there: Any = None
     task: int | None = None
     ref: Any = None
     handed_out: bool = False
@@ -76,7 +86,7 @@ class TrialPool:
     """An executor on Ray with at most `parallel` runs at once.
 
     like: a run that stands for all: the cluster, the threads, and whether an autoscaler is asked. Raises UserError if
-    no node has room for a worker.
+    no node has room for a worker; with an autoscaler from `next`, when none has had for start_timeout_seconds.
     """
 
     def __init__(self, like: Run, parallel: int, own_fleet: bool) -> None:
@@ -88,8 +98,12 @@ class TrialPool:
         self._cpus = 0 if own_fleet else like.local.threads
         self._queue: deque[tuple[int, Run]] = deque()
         self._seats: list[Seat] = []
-        if not like.fleet.autoscale:
-            self._require_room()
+        self._autoscale, self._patience = like.fleet.autoscale, like.fleet.start_timeout_seconds
+        self._room_at, self._said_at = time.monotonic(), time.monotonic()  # when a worker last had room, what was said
+        self._ended: set[str] = set()  # coordinators, by actor id
+        refusal = None if self._autoscale else self._refusal()
+        if refusal:
+            raise UserError(refusal)
 
     def submit(self, task: int, run: Run) -> None:
         """Queues a run."""
@@ -105,7 +119,11 @@ class TrialPool:
             time.sleep(0 if not self._queue else timeout_seconds)
             return None
         ready, _ = ray.wait(list(waiting), num_returns=1, timeout=timeout_seconds)
-        return self._taken(waiting[ready[0]]) if ready else None
+        if ready:
+            return self._taken(waiting[ready[0]])
+        if self._autoscale:
+            self._look()
+        return None
 
     def cancel(self, task: int) -> None:
         """Ends a task; its worker is warm for the next one if it is between rounds, else it ends too."""
@@ -163,7 +181,10 @@ class TrialPool:
         options: dict[str, Any] = {"num_cpus": self._cpus}
         if not forking():
             options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(max(1, self._cpus))}}
+        if not self._seats:
+            self._room_at = self._said_at = time.monotonic()
         seat = Seat(ray.remote(TrialActor).options(**options).remote(self._own_fleet))
+        seat.there = seat.actor.__ray_ready__.remote() if self._autoscale else None
         self._seats.append(seat)
         return seat
 
@@ -172,11 +193,34 @@ class TrialPool:
         self._seats.remove(seat)
         with suppress(RayError, GetTimeoutError, ValueError):
             ray.kill(seat.actor)
+        if self._autoscale and self._own_fleet:
+            self._ended.add(seat.actor._actor_id.hex())
+            with suppress(RayError, RuntimeError):
+                withdraw_of(self._ended)
 
-    def _require_room(self) -> None:
-        """Raises UserError if a worker fits no node: Ray would wait for one in silence."""
+    def _look(self) -> None:
+        """Says what the trials wait for. Raises UserError if no worker has had room for too long."""
+        there = [seat.there for seat in self._seats]
+        placed, _ = ray.wait(there, num_returns=len(there), timeout=0, fetch_local=False)
+        if placed:
+            self._room_at = time.monotonic()
+        elif time.monotonic() > self._room_at + self._patience:
+            raise UserError(
+                f"the autoscaler brought no node within fleet.start_timeout_seconds={self._patience:g}\n"
+                + (self._refusal() or f"local.threads: no node has {self._cpus} CPUs free; see `ray status`")
+            )
+        if time.monotonic() < self._said_at + SAY_SECONDS:
+            return
+        self._said_at, lacking = time.monotonic(), len(there) - len(placed)
+        if self._own_fleet:
+            asked = of_actors(seat.actor._actor_id.hex() for seat in self._seats)
+            lacking += sum(not has_room for _, has_room in asked)
+        if lacking:
+            log.info("waiting for the autoscaler: %d workers of %d trials have no node", lacking, len(there))
+
+    def _refusal(self) -> str | None:
+        """Why a worker fits no node, for which Ray would wait in silence; None if one does."""
         nodes: list[Node] = nodes_now()
         refused = unplaceable({"worker": Profile(cpus=self._cpus)}, nodes)
-        if refused:
-            why = refused[0].removeprefix("edge worker: ")
-            raise UserError(f"local.threads: a trial of {self._cpus} threads finds no room: {why}")
+        why = refused[0].removeprefix("edge worker: ") if refused else ""
+        return f"local.threads: a trial of {self._cpus} threads finds no room: {why}" if refused else None

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-
-from ray.autoscaler.sdk import request_resources
-from ray.exceptions import RayError
 
 from fedpipe_ray.errors import EdgeError, UserError
 from fedpipe_ray.settings import FleetSettings, Profile
 
-from .placement import demand, unknown_to_ray
+from .placement import unknown_to_ray
 from .workers import Workers
 
 log = logging.getLogger("fedpipe")
 
 LOOK_SECONDS, SAY_SECONDS = 0.25, 10.0
+QUIET_SECONDS = 1.0  # before it is said that something is waited for: Ray takes a moment to give room that there is
 
 
 class Present(dict[str, Profile]):
@@ -37,7 +34,6 @@ class Room:
 
     def __init__(self, workers: Workers, fleet: FleetSettings) -> None:
         self.workers, self.fleet = workers, fleet
-        self.requested = False
         self.away: set[str] = set()  # edges that were said to be away
 
     def find(self) -> None:
@@ -51,9 +47,8 @@ class Room:
         least = self.fleet.min_edges or len(self.fleet.edges)
         if least > len(self.fleet.edges):
             raise UserError(f"fleet.min_edges: {least} is more than the {len(self.fleet.edges)} edges of the fleet")
-        if self.fleet.autoscale:
-            self._request()
-        began = said = time.monotonic()
+        began = time.monotonic()
+        say = began + QUIET_SECONDS
         while not self._enough(least):
             lines = self.workers.refusal_lines()
             if not self.fleet.autoscale:
@@ -62,8 +57,8 @@ class Room:
             if time.monotonic() > began + self.fleet.start_timeout_seconds:
                 waited = f"fleet.start_timeout_seconds={self.fleet.start_timeout_seconds:g}"
                 raise UserError("\n".join([f"the autoscaler brought no node within {waited}", *lines]))
-            if said == began or time.monotonic() > said + SAY_SECONDS:
-                said = time.monotonic()
+            if time.monotonic() > say:
+                say = time.monotonic() + SAY_SECONDS
                 log.info("waiting for the autoscaler: %s", "; ".join(lines))
             time.sleep(LOOK_SECONDS)
 
@@ -92,29 +87,11 @@ class Room:
                 raise EdgeError("\n".join([f"no edge has had room for {waited}", *self.workers.refusal_lines()]))
             time.sleep(LOOK_SECONDS)
 
-    def give_back(self) -> None:
-        """Withdraws what was asked of the autoscaler, so that it can end idle nodes."""
-        if self.requested:
-            self.requested = False
-            with suppress(RayError, RuntimeError, ConnectionError):
-                request_resources(bundles=[])
-
     def _enough(self, least: int) -> bool:
         """Whether so many edges could be placed now."""
         self.workers.survey()
         refused = sum(len(pool.edges) for pool in self.workers.pools if pool.name in self.workers.refusals)
         return len(self.fleet.edges) - refused >= least
-
-    def _request(self) -> None:
-        """Asks the autoscaler for room for a worker of every pool, for as many as fleet.workers says where it does."""
-        counts = {pool: pool.most if self.fleet.workers else 1 for pool in self.workers.pools}
-        wanted = [pool.profile for pool, count in counts.items() for _ in range(count) if demand(pool.profile)]
-        labels = [dict(profile.labels) for profile in wanted]
-        request_resources(
-            bundles=[demand(profile) for profile in wanted],
-            bundle_label_selectors=labels if any(labels) else None,  # Ray's older autoscaler does not know them
-        )
-        self.requested = True
 
     def _say(self, here: Mapping[str, Profile]) -> None:
         """Says which edges went away and which are back."""

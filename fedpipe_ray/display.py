@@ -28,7 +28,7 @@ GIB = 1024**3
 
 class _Handler(logging.Handler):
     def __init__(self, console: Console) -> None:
-        super().__init__()
+        super().__init__(logging.INFO)
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:

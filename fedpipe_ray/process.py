@@ -32,7 +32,7 @@ def set_up_logging(display: Display, file: Path | None) -> None:
     """Warnings of the run go to the screen, everything to the run's log."""
     close_log()
     log = logging.getLogger("fedpipe")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.DEBUG)
     log.addHandler(display.handler())
     if file is not None:
         to_file = logging.FileHandler(file)

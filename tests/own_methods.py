@@ -22,9 +22,23 @@ class Held(Lora):
     def local_update(self, order, site, rng):
         hold = os.environ.get("HOLD")
         if hold and site.name == "c" and site.round >= 3:
+            Path(hold, "pid").write_text(str(os.getpid()))
             Path(hold, "held").touch()
             while not Path(hold, "go").exists():
                 time.sleep(0.01)
+        return super().local_update(order, site, rng)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting(Lora):
+    """LoRA whose edges wait in their first round for `go` in the folder `hold`; their process's id is a file there."""
+
+    hold: str = ""
+
+    def local_update(self, order, site, rng):
+        Path(self.hold, str(os.getpid())).touch()
+        while site.round == 0 and not Path(self.hold, "go").exists():
+            time.sleep(0.01)
         return super().local_update(order, site, rng)
 
 

@@ -47,6 +47,14 @@ class Cluster:
         for name, log in zip(names, logs, strict=True):
             wait_until_up(self.nodes[name], log)
 
+    def node_of(self, pid: int) -> str:
+        """The name of the node on which a process runs."""
+        return next(
+            name
+            for name, node in self.nodes.items()
+            if any(process.pid == pid for process in psutil.Process(node.pid).children(recursive=True))
+        )
+
     def leave(self, name: str, *, warned: bool) -> None:
         """Removes a node. warned: as one that is shut down; else as one whose power fails."""
         process = self.nodes.pop(name)
@@ -78,35 +86,46 @@ def cluster(folder: Path, **settings: str) -> Iterator[Cluster]:
 
 @contextmanager
 def autoscaled(folder: Path, **types: Mapping[str, float]) -> Iterator[str]:
-    """The address of a head without CPUs whose autoscaler starts nodes; ends those that were idle for 5 s.
+    """The address of a head without CPUs whose autoscaler starts nodes; ends those that were idle for 10 s.
 
     types: node type -> its resources; at most two nodes of each. It is Ray's own, with its provider for tests.
     """
     (port,) = free_ports(1)
-    (config := folder / "autoscaler.json").write_text(json.dumps(_autoscaler(port, types)))
-    settings = {**SETTINGS, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    (config := folder / "autoscaler.json").write_text(json.dumps(_autoscaler(folder, port, types)))
+    settings = {
+        **SETTINGS, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "120",  # on a busy machine a node that starts is silent for long
+    }  # fmt: skip
     with head(folder, "--num-cpus=0", f"--autoscaling-config={config}", port=port, **settings) as address:
-        yield address
+        try:
+            yield address
+        except BaseException:
+            print(*(log.read_text()[-20000:] for log in folder.glob("session_2*/logs/monitor.log")))
+            raise
 
 
 def raylets(folder: Path) -> int:
     """How many nodes run in `folder`, the head among them."""
-    return sum(process.name() == "raylet" for process in belonging(folder))
+    count = 0
+    for process in belonging(folder):
+        with suppress(psutil.NoSuchProcess):
+            count += process.name() == "raylet"
+    return count
 
 
-def _autoscaler(port: int, types: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _autoscaler(folder: Path, port: int, types: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     """What a cluster file says, with every key that its reader asks for."""
     kinds = {name: {"resources": dict(has), "node_config": {}, "max_workers": 2} for name, has in types.items()}
-    provider = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
     lists = (
         "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
         "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
     )  # fmt: skip
     return {
-        "cluster_name": "test", "max_workers": 2 * len(types), "upscaling_speed": 1.0, "idle_timeout_minutes": 5 / 60,
+        "cluster_name": "test", "max_workers": 2 * len(types), "upscaling_speed": 1.0, "idle_timeout_minutes": 10 / 60,
         "provider": {
-            "type": "external", "module": provider, "gcs_address": f"127.0.0.1:{port}", "use_node_id_as_ip": True,
-            "disable_node_updaters": True, "disable_launch_config_check": True,
+            "type": "external", "module": "nodes_apart.NodesApart", "folder": str(folder),
+            "gcs_address": f"127.0.0.1:{port}", "use_node_id_as_ip": True, "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **kinds

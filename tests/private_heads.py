@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -46,9 +46,12 @@ def head(folder: Path, *more: str, port: int | None = None, **settings: str) -> 
         wait_until_up(process, log)
         yield f"127.0.0.1:{ports[0]}"
     finally:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in {*family, *belonging(folder)}:
-            if member.is_running():
+        family = set(belonging(folder))
+        with suppress(psutil.NoSuchProcess):  # it did not come up
+            own = psutil.Process(process.pid)
+            family |= {own, *own.children(recursive=True)}
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
 

@@ -1,83 +1,41 @@
-"""Campaigns stored in a real PostgreSQL on loopback, from Debian's packages."""
+"""Campaigns stored in a real PostgreSQL and a real MariaDB on loopback, from Debian's packages."""
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
 from campaigns_made import Curves, Stops, by_rate, campaign, carried_out, plan_of
+from databases import SERVERS, Server
 from optuna.trial import TrialState
-from runs import ROOT, command, env, free_ports, here
+from runs import ROOT, command, env, here
 
 from fedpipe_ray.errors import UserError
 from tuning.study import RETRY_OF, open_storage
 
-BINARIES = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), default=None)
-pytestmark = [
-    pytest.mark.services,
-    pytest.mark.skipif(BINARIES is None, reason="no /usr/lib/postgresql/*/bin; apt-get install postgresql"),
-]
+pytestmark = pytest.mark.services
 
 
-def user() -> dict[str, Any]:
-    """Who runs the server: we, or postgres where we are root, as which it refuses to run."""
-    if os.getuid() != 0:
-        return {}
-    entry = pwd.getpwnam("postgres")
-    return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    """The URL of a server with an empty cluster; it is ended by its own process id."""
-    assert BINARIES is not None
-    folder, (port,) = Path(tempfile.mkdtemp(prefix="fp-pg-", dir="/tmp")), free_ports(1)
-    who = user()
-    if who:
-        os.chown(folder, who["user"], who["group"])
-    options: dict[str, Any] = {**who, "cwd": folder, "stdout": subprocess.DEVNULL}
-    password = folder / "password"
-    password.write_text("secret\n")
-    password.chmod(0o644)
-    subprocess.run(
-        [BINARIES / "initdb", "-D", folder / "data", "-U", "fedpipe", "--auth=scram-sha-256", f"--pwfile={password}"],
-        check=True, **options,
-    )  # fmt: skip
-    flags = ["-h", "127.0.0.1", "-p", str(port), "-k", str(folder), "-c", "fsync=off"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen([BINARIES / "postgres", "-D", folder / "data", *flags], stderr=log, **options)
-    try:
-        ready, deadline = [BINARIES / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], time.monotonic() + 60
-        while subprocess.run(ready, stdout=subprocess.DEVNULL, check=False).returncode:
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        yield f"postgresql://fedpipe:secret@127.0.0.1:{port}"
-    finally:
-        process.send_signal(signal.SIGINT)  # fast: clients are not waited for
-        process.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture(scope="module", params=SERVERS)
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server without databases; it is ended by its own process id."""
+    kind = request.param
+    if not kind.installed():
+        pytest.skip(kind.missing)
+    with kind() as one:
+        yield one
 
 
 @pytest.fixture
-def database(server: str, request: pytest.FixtureRequest) -> str:
+def database(server: Server, request: pytest.FixtureRequest) -> str:
     """The URL of a database of the test's own."""
-    import psycopg
-
     name = f"d{abs(hash(request.node.name)) % 10**9}"
-    with psycopg.connect(f"{server}/postgres", autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return f"{server}/{name}"
+    server.create(name)
+    return f"{server.url}/{name}"
 
 
 @pytest.mark.parametrize("events", [1, 8])
@@ -113,7 +71,7 @@ def test_kill_minus_nine_and_go_on(run_file: Path, tmp_path: Path, database: str
 
 def test_a_wrong_password_is_said_without_it(run_file: Path, tmp_path: Path, database: str) -> None:
     plan = plan_of(run_file, storage=database.replace("secret", "wrong"))
-    with pytest.raises(UserError, match="password authentication failed") as caught:
+    with pytest.raises(UserError, match=r"password authentication failed|Access denied for user") as caught:
         carried_out(plan, tmp_path, Curves(by_rate))
     assert ":wrong" not in str(caught.value)
 

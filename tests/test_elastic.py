@@ -40,6 +40,9 @@ COUNTING = ["method.name=own_methods:Counting", "rounds=8"]
 APART = [f"fleet.edges.{edge}.resources={{{edge}: 1}}" for edge in "abc"]  # each needs a node with its own name
 
 
+ALIKE = [f"fleet.edges.{edge}.resources={{a: 1}}" for edge in "abc"]  # a worker a node
+
+
 class Attended(SerialFleet):
     """A fleet in this process of which only the edges in `those` are there."""
 
@@ -119,10 +122,57 @@ def test_nodes_leave_and_join(ray_folder: Path, run_file: Path, tmp_path: Path) 
     for edge in "ab":
         assert f"edge {edge} has a worker and takes part from this round on" in said
     assert "fresh private state" not in said
+    assert_told_by_us_alone(said)
     expected = attended(run_file, tmp_path / "serial" / "private", rounds)
     assert_same(dict(Message.load(private / "state.safetensors").tensors), dict(expected.tensors))
     for edge, count in {"a": 6, "b": 6, "c": 4}.items():
         last = Path(edge, f"round-{count:04d}.safetensors")
+        assert (private / last).read_bytes() == (tmp_path / "serial" / "private" / last).read_bytes(), edge
+
+
+def assert_told_by_us_alone(said: str) -> None:
+    """Ray tells every driver of a node that died, in its own words, on the terminal."""
+    assert "marked dead" not in said
+    assert "Raylet is terminated" not in said
+    assert "(raylet" not in said
+
+
+def test_a_node_with_a_packed_worker_leaves(ray_folder: Path, run_file: Path, tmp_path: Path) -> None:
+    """Three edges on two workers, a node each. The one that edge c is at loses its node in the middle of a round.
+
+    No report is missing, then or later on the node that is left, nor when another has joined; all bits are those of a
+    fleet in one process.
+    """
+    private, hold, log = tmp_path / "out" / "private", tmp_path / "hold", tmp_path / "log"
+    hold.mkdir()
+    everyone = {"a": "ok", "b": "ok", "c": "ok"}
+    with cluster(ray_folder, HOLD=str(hold)) as nodes:
+        nodes.join("a", "a2")
+        fleet = [f"fleet.address={nodes.address}", "fleet.ray=true", "fleet.placement=packed", *ALIKE]
+        driver = Driver(log, run_file, private, *COUNTING, *fleet)
+        try:
+            assert driver.answer() == ["a", "b", "c"]
+            assert [driver.round(nodes=3) for _ in range(3)] == [everyone] * 3
+            driver.begin(nodes=3)
+            wait_for((hold / "held").exists, log.read_text)
+            lost = nodes.node_of(int((hold / "pid").read_text()))
+            nodes.leave(lost, warned=False)
+            (hold / "go").touch()
+            assert driver.answer() == everyone
+            assert driver.round(nodes=2) == everyone
+            nodes.join("a3")
+            assert driver.round(nodes=3) == everyone
+            assert driver.end() == 0, log.read_text()
+        finally:
+            driver.close()
+    said = log.read_text()
+    assert "edge c is tried again: its " in said
+    assert "fresh private state" not in said
+    assert_told_by_us_alone(said)
+    expected = attended(run_file, tmp_path / "serial" / "private", ["abc"] * 6)
+    assert_same(dict(Message.load(private / "state.safetensors").tensors), dict(expected.tensors))
+    for edge in "abc":
+        last = Path(edge, "round-0006.safetensors")
         assert (private / last).read_bytes() == (tmp_path / "serial" / "private" / last).read_bytes(), edge
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import ray
 from ray import exceptions
+from ray._private.utils import publish_error_to_driver
 from runs import assert_like, assert_same, here, records, tensors
 
 from actors.faults import RULES, Decision, Fault, Kind, decide, fault_of
@@ -58,6 +61,34 @@ def test_what_an_exception_of_ray_means(error: Exception, kind: Kind, says: str)
     assert fault.kind == kind
     assert says in fault.reason
     assert isinstance(fault, Fault)
+
+
+# -- what Ray tells drivers
+
+
+def test_news_of_ray_goes_to_the_log(
+    ray_here: None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A node that left at the level of what is only written down, the rest as a warning; nothing is printed."""
+    news = {
+        "worker_oom": "2 workers were killed\nand why",
+        "node_removed": "The node n has been marked dead because of this",
+    }
+    with caplog.at_level(logging.DEBUG, logger="fedpipe"):
+        for kind, text in news.items():
+            publish_error_to_driver(kind, text, gcs_client=ray._private.worker.global_worker.gcs_client)
+        deadline = time.monotonic() + 60
+        while "marked dead" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    told = {record.getMessage(): record.levelname for record in caplog.records if record.name == "fedpipe"}
+    assert told == {
+        "Ray: 2 workers were killed": "WARNING",
+        "and why": "DEBUG",
+        f"Ray: {news['node_removed']}": "DEBUG",
+    }
+    printed = capsys.readouterr()
+    assert "marked dead" not in printed.out + printed.err
 
 
 # -- runs
