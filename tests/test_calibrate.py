@@ -168,8 +168,8 @@ def test_a_line_without_bytes_leaves_memory_to_the_formula(run_file: Path) -> No
 
 
 def test_a_batch_far_above_the_measured_one_is_measured_again(run_file: Path) -> None:
-    """Four times 5 tokens hold no batch of 4 rows of 5."""
-    for tokens, again in ((4, 1.0), (5, 0.0)):
+    """Twice 9 tokens hold no batch of 4 rows of 5, twice 10 do."""
+    for tokens, again in ((9, 1.0), (10, 0.0)):
         _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
         start = method.start(server, rng_for(0, 0, "start"))
         line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, tokens)

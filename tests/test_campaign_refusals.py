@@ -16,7 +16,7 @@ from fedpipe_ray.errors import UserError
     ("changes", "message"),
     [
         ({"search": {"local.lrr": [1.0]}}, "search.local.lrr: unknown key local.lrr; did you mean lr?"),
-        ({"search": {"method.ranks": [4]}}, "did you mean rank?"),
+        ({"search": {"method.rnk": [4]}}, "did you mean rank?"),
         ({"objectives": {"los": "minimize"}}, "objectives.los: no metric 'los'; did you mean loss?"),
         ({"constraints": {"bytes_upp": 1}}, "constraints: no metric 'bytes_upp'; did you mean bytes_up?"),
         ({"search": {"local.lr": {"low": 1, "high": 0.1}}}, "from low 1 to high 0.1 is reversed"),

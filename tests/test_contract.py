@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import emulated, fleet_of, labelled, load, tiny_run
-from test_export import model_folder
+from methods_made import needs_of
+from runs import fleet_of, load, tiny_run
 
 from fedpipe_ray.fleet import Fleet
 from fedpipe_ray.loop import Start, federate, sample
@@ -31,12 +31,7 @@ def run(
 ) -> Run:  # fmt: skip
     folder = tmp_path_factory.mktemp("contract")
     path = tiny_run(folder, model_dir, data_dir)
-    needs = {
-        "bitfit": ["method={name: bitfit}", f"model.name={model_folder('gpt2', folder, model_dir)}"],
-        "fedbiot": emulated(deep_dir, public_file),
-        "head": ["method={name: head}", labelled(data_dir)],
-    }
-    return load(path, *needs.get(request.param, [f"method={{name: {request.param}}}"]))
+    return load(path, *needs_of(request.param, folder, model_dir, data_dir, deep_dir, public_file))
 
 
 @pytest.fixture(scope="module", params=FLEETS)

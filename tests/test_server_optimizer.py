@@ -310,7 +310,7 @@ def test_other_methods_learn_with_it(method: str, run_file: Path) -> None:
         *[
             (("server.optimizer={name: fedadam}", f"method={{name: {name}}}"), f"server.optimizer: fedadam acts on "
              f"changes of numbers that mean the same in every round, and the state of {cls} has none; methods that "
-             "have them: full, jcpba, lora; or leave it out")
+             "have them: ... full, ... jcpba, ... lora, ... or leave it out")
             for name, cls in (("fedpipe", "FedPipe"), ("fedkseed", "FedKSeed"), ("fedadapter", "FedAdapter"))
         ],
     ],

@@ -25,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -37,7 +37,7 @@ from fedpipe_ray.message import KEPT, Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals, unlike, weighted_mean
+from .base import LoraMethod, LoraWeights, Updates, Weights, arrivals, unlike, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.model import Base
@@ -57,6 +57,8 @@ class FedSb(LoraMethod):
 
     batches: int = 4
     variant: Literal["plain", "rslora"] = "plain"
+
+    updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:
         super().__post_init__()

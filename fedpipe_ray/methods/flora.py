@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, Weights, arrivals
+from .base import LoraMethod, Updates, Weights, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -49,6 +49,8 @@ class Flora(LoraMethod):
 
     ranks: dict[str, int] = field(default_factory=dict)
     limit: int | None = None
+
+    updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:
         super().__post_init__()

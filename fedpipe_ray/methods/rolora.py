@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from fedpipe_ray.message import DTYPES, KEPT, Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod
+from .base import LoraMethod, Updates
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -44,6 +44,8 @@ class RoLora(LoraMethod):
 
     ranks: dict[str, int] = field(default_factory=dict)
     variant: Literal["plain", "rslora"] = "plain"
+
+    updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:
         super().__post_init__()
