@@ -29,8 +29,9 @@ PLACES = "RAY_AUTH_TOKEN, a file named by RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_to
 
 
 def run_at(address: str, run_file: Path, home: Path, out: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """`fedpipe run` on the cluster at `address`, with nothing of Ray's set but `settings`."""
-    arguments = command("run", run_file, "fleet.ray=true", f"fleet.address={address}", "--out", out)
+    """`fedpipe run` on the cluster at `address`, with nothing of Ray's set but `settings`; it asks for its nodes."""
+    fleet = ("fleet.ray=true", "fleet.autoscale=true", f"fleet.address={address}")
+    arguments = command("run", run_file, *fleet, "--out", out)
     return subprocess.run(
         arguments, cwd=ROOT, env=plain_environment(home, **settings), capture_output=True, text=True, timeout=280,
         check=False,
