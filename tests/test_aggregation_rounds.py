@@ -234,7 +234,7 @@ def test_a_classifier_of_unequal_ranks_with_frozen_blocks(tiny: Path, tmp_path: 
     ("method", "says"),
     [
         ("{name: lora, ranks: {a: 2}}", "method.ranks: lora needs one rank for all edges, method.rank; leave"),
-        ("{name: fedex_lora, ranks: {a: 2}}", "method.ranks: fedex_lora needs one rank ... : ffa_lora, flexlora, flora"),
+        ("{name: fedex_lora, ranks: {a: 2}}", "method.ranks: fedex_lora needs one rank ... : ffa_lora, flexlora"),
         ("{name: lora_fair, ranks: {}}", "method.ranks: lora_fair needs one rank for all ... zeropad"),
         ("{name: full, ranks: {a: 2}}", "unknown key method.ranks"),
         ("{name: zeropad, ranks: {d: 2}}", "method.ranks: 2 for edge d, which is not in the fleet; there are a, b, c"),
