@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -175,3 +175,14 @@ def ray_folder() -> Iterator[Path]:
     for process in belonging(folder):
         process.kill()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as `services` what test_contract.py runs on Ray of methods that are like another one there."""
+    for item in items:
+        chosen = getattr(getattr(item, "callspec", None), "params", {})
+        if item.path.name == "test_contract.py" and chosen.get("fleet") == "packed":
+            module: Any = item.getparent(pytest.Module).obj
+            if chosen["run"] not in module.ON_RAY:
+                item.add_marker(pytest.mark.services)

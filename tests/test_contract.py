@@ -22,6 +22,8 @@ from fedpipe_ray.settings import Run
 
 ASK_NOBODY = {"central"}  # the server does it alone
 FLEETS = ["serial", "packed"]  # test_parity.py has actors of their own, too
+# Of every kind of order, update and private state one; the others take their turn on Ray with `make test-services`.
+ON_RAY = {"fedadapter", "fedbiot", "fedkseed", "fedpipe", "fedsa_lora", "flora", "full", "jcpba", "lora"}
 
 
 @pytest.fixture(scope="module", params=sorted(METHODS))
