@@ -10,7 +10,7 @@ base. `after a round` has the gradients, moments and activations of its training
 process keeps them.
 
 flat: 4 edges, 100 rounds of LoRA on the small one, on Ray and packed on two workers. Private memory of the driver and
-of the largest worker after 10, 55 and 100 rounds, and processes and files left when all is over.
+of the largest worker after 10, 55 and 100 rounds, and processes left when the driver has ended.
 """
 
 from __future__ import annotations
@@ -93,19 +93,20 @@ def measure(tree: dict[str, Any]) -> dict[str, Any]:
             workers = [p for p in psutil.Process().children(recursive=True) if "EdgeActor" in " ".join(p.cmdline())]
             looks.append((memory(psutil.Process(), "uss"), max(memory(p, "uss") for p in workers)))
     total = sum(memory(process, "pss") for process in family())
+    started = [(process.pid, process.create_time()) for process in family()]
     fleet.close()
-    import ray
-
-    ray.shutdown()
-    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=30)
-    return {"ready": ready, "total": total, "looks": looks, "left": len(psutil.Process().children(recursive=True))}
+    return {"ready": ready, "total": total, "looks": looks, "started": started}
 
 
 def in_process(tree: dict[str, Any]) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """`measure` in a process of its own; left: how many of the processes it started live 30 s after its end."""
     command = [sys.executable, "-m", "benchmarks.fleet_memory", "--one", json.dumps(tree)]
     ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(ended.stdout.splitlines()[-1]))
+    found = dict(json.loads(ended.stdout.splitlines()[-1]))
+    alive = {process.pid: process for process in psutil.process_iter()}
+    born = {pid: made for pid, made in found.pop("started") if pid in alive}
+    ours = [alive[pid] for pid, made in born.items() if alive[pid].create_time() == made]
+    return {**found, "left": len(psutil.wait_procs(ours, timeout=30)[1])}
 
 
 def node(folder: Path) -> None:
