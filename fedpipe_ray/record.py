@@ -19,9 +19,10 @@ from typing import IO, Any
 from .buffered import flights_loaded, flights_saved
 from .config import load_run, to_yaml, training_hash
 from .errors import UserError
+from .files import read_lines, write_atomically
 from .held import grouped, ungrouped
 from .loop import Round, Start
-from .message import Message, write_atomically
+from .message import Message
 from .remote import RemoteFolder, is_url, local
 from .report import Lost
 from .server_optimizer import apart, together
@@ -149,14 +150,8 @@ class RunFolder:
             file.write(json.dumps(finite(record)) + "\n")
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The lines of rounds.jsonl; a torn last line is left out."""
-        path, records = self.path / "rounds.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        """The lines of rounds.jsonl."""
+        return read_lines(self.path / "rounds.jsonl")
 
     def rewind(self, rounds: int) -> None:
         """Drops the lines of rounds after the first `rounds`, which will be run again."""

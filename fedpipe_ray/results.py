@@ -20,8 +20,9 @@ from .data import inspect, open_data
 from .display import Display
 from .errors import EdgeError, UserError
 from .evaluate import Metrics, combine, evaluate, generate
+from .files import write_atomically
 from .fleet import Fleet, classes_of
-from .message import Message, write_atomically
+from .message import Message
 from .methods.base import Method
 from .model import Base
 from .planning import EdgePlan

@@ -26,6 +26,7 @@ from .message import Message
 from .methods import make_method
 from .methods.base import Method, shown
 from .model import Base
+from .planned import Plans
 from .pretrain import builtin_model
 from .randomness import rng_for
 from .record import Checkpoint, RunFolder, round_record
@@ -103,6 +104,7 @@ class Experiment:
         display.note("starting the edge servers" + (" on Ray" if run.fleet.ray else " in this process"))
         self.fleet = make_fleet(run, self.method, folder.path / "private")
         self.point = Checkpoint(Start(Message()), "", {})
+        self.plans = Plans(folder.path)
         self.server = server_site(run, self.method, [])
 
     def open(self) -> list[Ready]:
@@ -140,6 +142,7 @@ class Experiment:
                 f"the data of edge {', '.join(changed)} changed since the checkpoint; bring it back, or start a new run"
             )
         self.folder.rewind(point.start.round)
+        self.plans.rewind(point.start.round)
         (self.folder.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
         self.restore(point.start)
         self.point = point
@@ -205,6 +208,7 @@ class Experiment:
         """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
         record = round_record(done)
         self.folder.append(record)
+        self.plans.append(record["round"], done.plans, done.state.numbers)
         point = self.point
         for key in point.totals:
             point.totals[key] += record[key]
