@@ -44,8 +44,8 @@ class History:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{name} is not a run folder: it has no config.yaml")
         config = yaml.safe_load((folder / "config.yaml").read_text())
-        parts = {part: _json(folder / f"{part}.json") for part in ("environment", "summary")}
-        logs = {part: read_lines(folder / f"{part}.jsonl") for part in ("rounds", "plans")}
+        parts: dict[str, Any] = {part: _json(folder / f"{part}.json") for part in ("environment", "summary")}
+        logs: dict[str, Any] = {part: read_lines(folder / f"{part}.jsonl") for part in ("rounds", "plans")}
         return cls(name, config, **parts, **logs)
 
     @property
