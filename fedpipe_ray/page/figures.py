@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.colors import qualitative
 
+from .groups import Group
 from .history import CLOCKS, History
 
 COLORS = qualitative.Safe  # told apart by the colour-blind
@@ -18,30 +20,40 @@ MOST_EDGES = 40  # lines or bars of a figure beyond which nobody reads it
 PARTS = {"down": COLORS[0], "compute": COLORS[4], "up": COLORS[2], "wait": "#e8e8e8", "lost": RED}
 
 
-def quality(histories: Sequence[History], metric: str) -> go.Figure | None:
-    """A validation metric over rounds, virtual time, bytes or wall time, which the reader chooses; a line a run."""
-    figure, kinds = go.Figure(), list(CLOCKS)
+def quality(groups: Sequence[Group], metric: str) -> go.Figure | None:
+    """A validation metric over rounds, virtual time, bytes or wall time, which the reader chooses; a line a group."""
+    figure, kinds, shown = go.Figure(), list(CLOCKS), list[str]()
     for kind in kinds:
-        for number, one in enumerate(histories):
-            x, y = one.course(metric, kind)
+        for number, group in enumerate(groups):
+            x, y, spread = group.course(metric, kind)
+            color, more = COLORS[number % len(COLORS)], {"visible": kind == kinds[0], "legendgroup": group.label}
+            if group.seeds > 1:
+                edge = [a + b for a, b in zip(y, spread)] + [a - b for a, b in zip(y, spread)][::-1]
+                figure.add_scatter(
+                    x=x + x[::-1], y=edge, fill="toself", fillcolor=faint(color), line={"width": 0}, hoverinfo="skip",
+                    showlegend=False, **more,
+                )  # fmt: skip
+                shown.append(kind)
             figure.add_scatter(
-                x=x, y=y, name=labels(histories)[number], mode="lines+markers", visible=kind == kinds[0],
-                line={"color": COLORS[number % len(COLORS)]}, showlegend=len(histories) > 1,
+                x=x, y=y, name=group.label, mode="lines+markers", line={"color": color}, showlegend=len(groups) > 1,
+                **more,
             )  # fmt: skip
+            shown.append(kind)
     if not any(len(trace.x) for trace in figure.data):
         return None
+    each = tick([one for group in groups for one in group.members])
     buttons = [
         {
             "label": kind, "method": "update",
             "args": [
-                {"visible": [k == kind for k in kinds for _ in histories]},
-                {"xaxis.title.text": kind, "xaxis.dtick": tick(histories) if kind == "round" else None},
+                {"visible": [k == kind for k in shown]},
+                {"xaxis.title.text": kind, "xaxis.dtick": each if kind == "round" else None},
             ],
         }
         for kind in kinds
     ]  # fmt: skip
     figure.update_layout(updatemenus=[menu(buttons)], xaxis_title=kinds[0], yaxis_title=f"{metric} (validation)")
-    figure.update_xaxes(dtick=tick(histories))
+    figure.update_xaxes(dtick=each)
     return laid_out(figure, top=70)
 
 
@@ -63,7 +75,7 @@ def edges_quality(history: History, metric: str) -> go.Figure | None:
 
 def base_and_tuned(history: History, metric: str) -> go.Figure | None:
     """Test rows of every edge before and after."""
-    base, tuned = ((history.summary.get(name) or {}).get("edges", {}) for name in ("base", "tuned"))
+    base, tuned = history.tested("base", "edges"), history.tested("tuned", "edges")
     names = [edge for edge in base if metric in base[edge] and metric in tuned.get(edge, {})][:MOST_EDGES]
     if not names:
         return None
@@ -76,7 +88,7 @@ def base_and_tuned(history: History, metric: str) -> go.Figure | None:
 
 def plan(history: History) -> go.Figure | None:
     """Layers x kinds of weight: the rank that each edge trains there, as told last; the reader chooses the edge."""
-    told = {edge: one for edge, one in history.planned("edges").items() if one.get("ranks")}
+    told = distinct({edge: one for edge, one in history.planned("edges").items() if one.get("ranks")})
     if not told:
         return None
     grids = {edge: grid(one["ranks"]) for edge, one in told.items()}
@@ -207,6 +219,22 @@ def phases(profile: Mapping[str, Any], edge: Mapping[str, Any], length: float) -
     return [("down", down), ("compute", work), ("up", spent - down - work), *rest]
 
 
+def distinct(told: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The first MOST_EDGES unlike plans, each under the names of the edges that have it."""
+    edges: dict[str, list[str]] = {}
+    for edge, one in told.items():
+        edges.setdefault(json.dumps(one, sort_keys=True), []).append(edge)
+    several = (
+        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") for names in edges.values()
+    )
+    return {name: told[names[0]] for name, names in list(zip(several, edges.values()))[:MOST_EDGES]}
+
+
+def faint(color: str) -> str:
+    """An rgb(...) color, nearly transparent."""
+    return color.replace("rgb", "rgba").replace(")", ", 0.15)")
+
+
 def capacity_mib(profile: Mapping[str, Any]) -> float | None:
     """What an edge's training may take; None where nothing limits it."""
     limit = profile.get("training_memory_bytes") or profile.get("gpu_memory_bytes")
@@ -230,14 +258,6 @@ def described(edge: str, told: Mapping[str, Any]) -> str:
     """An edge with the numbers of its plan."""
     numbers = [f"{name} {told[name]:g}" for name in ("bits", "batch", "steps") if name in told]
     return ": ".join([edge, ", ".join(numbers)]) if numbers else edge
-
-
-def labels(histories: Sequence[History]) -> list[str]:
-    """A short name a run: its method where that tells runs apart, else the end of its path."""
-    methods = [one.method for one in histories]
-    if len(set(methods)) == len(methods):
-        return methods
-    return [one.name.rstrip("/").rpartition("/")[2] for one in histories]
 
 
 def tick(histories: Sequence[History]) -> int:

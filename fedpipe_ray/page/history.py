@@ -64,6 +64,10 @@ class History:
         seen = {name for line in self.rounds for name in line["eval"].get("global", {})}
         return [name for name in QUALITY if name in seen]
 
+    def tested(self, model: str, part: str) -> dict[str, Any]:
+        """Metrics on test rows of the `base` or `tuned` model: `global`, or by name of the `edges`; empty before the end."""
+        return dict((self.summary.get(model) or {}).get(part) or {})
+
     def clock(self, kind: str) -> list[float]:
         """Where every round ended: its number, or virtual seconds, megabytes (both ways), wall seconds until then."""
         if kind == "round":
