@@ -206,6 +206,20 @@ def command_export(options: argparse.Namespace) -> None:
     display.note(f"wrote the {what} to {options.out}")
 
 
+def command_report(options: argparse.Namespace) -> None:
+    """A page of one run or several."""
+    from .page.report import report
+
+    report(options.runs, options.out)
+
+
+def command_watch(options: argparse.Namespace) -> None:
+    """The page of a run in progress, live."""
+    from .page.watch import watch
+
+    watch(options.run, options.port)
+
+
 def command_submit(options: argparse.Namespace) -> int:
     """A run as a job of a cluster; returns the exit code of its driver."""
     run = load(options.config, options.overrides)  # a mistake shows here, before anything is sent
@@ -330,6 +344,8 @@ COMMANDS = {
     "resume": command_resume,
     "evaluate": command_evaluate,
     "export": command_export,
+    "report": command_report,
+    "watch": command_watch,
     "submit": command_submit,
     "methods": command_methods,
     "check": command_check,

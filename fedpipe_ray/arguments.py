@@ -50,6 +50,13 @@ def parser() -> argparse.ArgumentParser:
 
     export.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
 
+    report = commands.add_parser("report", help="the page of a run, or of several in the same axes; needs no network")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, also s3://..., finished or in progress")
+    report.add_argument("--out", type=on_disk, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    watch = commands.add_parser("watch", help="the page of a run in progress, live in a browser on this machine")
+    watch.add_argument("run", metavar="DIR|URL", help="a run folder; it need not be there yet")
+    watch.add_argument("--port", type=int, metavar="N", help="of 127.0.0.1 (default: 8270, or a free one)")
+
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 

@@ -187,7 +187,8 @@ class Display:
         )
         if tuned:
             self.note(
-                f"{summary['export'].format(out=out)}\ngo on:    fedpipe resume {out} rounds={2 * summary['rounds']}"
+                f"{summary['export'].format(out=out)}\nreport:   {out}/report.html\n"
+                f"go on:    fedpipe resume {out} rounds={2 * summary['rounds']}"
             )
 
 

@@ -8,7 +8,9 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .errors import Interrupted, UserError
@@ -67,3 +69,25 @@ def siblings() -> None:
             raise UserError(
                 f"package {name!r} comes from {place}, not from {REPOSITORY}; remove that one from the path"
             )
+
+
+@contextlib.contextmanager
+def stop_after_round() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, which asks for a stop after the round; the second one stops at once."""
+    asked: list[int] = []
+
+    def handle(signum: int, _: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+        logging.getLogger("fedpipe").warning("stopping after this round; once more stops at once")
+
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller owns the signals
+        before = {}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -186,7 +186,7 @@ class RunFolder:
             shutil.rmtree(parent / old) if (parent / old).is_dir() else (parent / old).unlink()
         if self.remote is not None:
             self.remote.warn_of_private(point.start.private)
-            self.remote.publish(outdated)
+            self.publish()
 
     def save_best(self, state: Message, round: int) -> dict[str, Any]:
         """Writes the best state so far; returns what the manifest remembers of it."""
@@ -239,6 +239,10 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json; under a URL, the adapter first."""
         write_atomically(self.path / "summary.json", dumps(summary))
+        self.publish()
+
+    def publish(self) -> None:
+        """Under a URL, writes there what has changed here. Raises UserError if it cannot."""
         if self.remote is not None:
             self.remote.publish(outdated)
 

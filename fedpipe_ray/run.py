@@ -6,11 +6,8 @@ import dataclasses
 import json
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .buffered import check_buffered, federate_buffered
@@ -28,6 +25,7 @@ from .methods.base import Method, shown
 from .model import Base
 from .planned import Plans
 from .pretrain import builtin_model
+from .process import stop_after_round
 from .randomness import rng_for
 from .record import Checkpoint, RunFolder, round_record
 from .report import Lost, Report
@@ -37,6 +35,7 @@ from .site import SERVER, Ready, Site
 from .views import PERSONAL_HINT, check_personal, first_view, is_personal
 
 log = logging.getLogger("fedpipe")
+REPORT = "report.html"
 MakeFleet = Callable[[Run, Method, Path], Fleet]
 
 
@@ -243,7 +242,19 @@ class Experiment:
             "totals": self.point.totals,
         }
         self.folder.write_summary(summary)
+        self.report()
         return {**summary, "export": hint}
+
+    def report(self) -> None:
+        """Writes report.html; a run does not fail for it."""
+        from .page.history import History
+        from .page.page import write_page
+
+        try:
+            write_page(self.folder.path / REPORT, [History.of(self.folder.name, self.folder.path)])
+            self.folder.publish()
+        except Exception as error:
+            log.warning("%s was not written: %s; try: fedpipe report %s", REPORT, error, self.folder.name)
 
 
 def rounds_of(run: Run, method: Method, fleet: Fleet, server: Site, start: Start | None = None) -> Iterator[Round]:
@@ -326,25 +337,3 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
             yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
     elif before != after:
         yield at
-
-
-@contextmanager
-def stop_after_round() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, which asks for a stop after the round; the second one stops at once."""
-    asked: list[int] = []
-
-    def handle(signum: int, _: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signum)
-        log.warning("stopping after this round; once more stops at once")
-
-    try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller owns the signals
-        before = {}
-    try:
-        yield asked
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -224,10 +224,11 @@ def distinct(told: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, An
     edges: dict[str, list[str]] = {}
     for edge, one in told.items():
         edges.setdefault(json.dumps(one, sort_keys=True), []).append(edge)
-    several = (
-        ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") for names in edges.values()
-    )
-    return {name: told[names[0]] for name, names in list(zip(several, edges.values()))[:MOST_EDGES]}
+    found = {}
+    for names in list(edges.values())[:MOST_EDGES]:
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        found[", ".join(names[:3]) + rest] = told[names[0]]
+    return found
 
 
 def faint(color: str) -> str:

@@ -61,9 +61,7 @@ def labels(histories: Sequence[History]) -> list[str]:
     if len(set(methods)) == len(methods):
         return methods
     trees = [dict(leaves(one.config)) for one in histories]
-    keys = [
-        key for key in dict.fromkeys(key for tree in trees for key in tree) if key.partition(".")[0] not in NOT_TOLD
-    ]
+    keys = dict.fromkeys(key for tree in trees for key in tree if key.partition(".")[0] not in NOT_TOLD)
     differ = [key for key in keys if key != "method.name" and len({str(tree.get(key)) for tree in trees}) > 1]
     if len(set(methods)) == 1 and 1 <= len(differ) <= MOST_KEYS:
         return [", ".join(f"{key.rpartition('.')[2]} {tree.get(key)}" for key in differ) for tree in trees]

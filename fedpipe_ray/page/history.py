@@ -34,13 +34,14 @@ class History:
         """The run in a folder or under a URL. Raises UserError if there is none."""
         remote = RemoteFolder(place) if is_url(place) else None
         try:
-            return cls._of(place, remote.open() if remote else local(place))
+            return cls.of(place, remote.open() if remote else local(place))
         finally:
             if remote:
                 remote.close()
 
     @classmethod
-    def _of(cls, name: str, folder: Path) -> History:
+    def of(cls, name: str, folder: Path) -> History:
+        """The run in a folder on this disk, called `name`. Raises UserError if there is none."""
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{name} is not a run folder: it has no config.yaml")
         config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -65,7 +66,7 @@ class History:
         return [name for name in QUALITY if name in seen]
 
     def tested(self, model: str, part: str) -> dict[str, Any]:
-        """Metrics on test rows of the `base` or `tuned` model: `global`, or by name of the `edges`; empty before the end."""
+        """Test metrics of the `base` or `tuned` model: `global`, or by name of the `edges`; empty before the end."""
         return dict((self.summary.get(model) or {}).get(part) or {})
 
     def clock(self, kind: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""The page itself: sections of figures and tables, as one HTML file with plotly's script in it, or as data for `watch`."""
+"""The page itself: sections of figures and tables, as one HTML file with plotly's script in it, or as data."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def title_of(histories: Sequence[History]) -> str:
 
 
 def sections(histories: Sequence[History]) -> Iterator[Section]:
-    """All of the page, from the top: what runs have in common axes, then each; of runs that differ in seed, the first."""
+    """All of the page: what can be compared in common axes, then run by run; of several seeds, the first."""
     groups = grouped(histories)
     yield Section("title", title_of(histories), level=1, body="" if len(histories) > 1 else paragraph(histories[0]))
     yield from together(groups)
@@ -84,15 +84,13 @@ def paragraph(history: History) -> str:
 
 def together(groups: Sequence[Group]) -> Iterator[Section]:
     """What is shown in the same axes for all runs, and tables that compare them."""
-    seeds = (
-        "; a line is the mean over seeds, its band the standard deviation" if any(g.seeds > 1 for g in groups) else ""
-    )
+    note = "Over all edges, on validation rows"
+    if any(group.seeds > 1 for group in groups):
+        note += "; a line is the mean over seeds, its band the standard deviation"
     for metric in first_metrics([one for group in groups for one in group.members]):
         figure = figures.quality(groups, metric)
         if figure is not None:
-            yield Section(
-                f"quality-{metric}", f"Quality: {metric}", f"Over all edges, on validation rows{seeds}.", figure
-            )
+            yield Section(f"quality-{metric}", f"Quality: {metric}", f"{note}.", figure)
         table = comparison(groups, metric)
         if table:
             title = f"{metric}: quality under a budget, cost to a target"

@@ -78,20 +78,14 @@ def comparison(groups: Sequence[Group], metric: str) -> str:
     kinds = [kind for kind in CLOCKS if kind != "wall s"]
     head = ["run", *(f"{metric} within {number(budget)} {kind}" for kind, budget in budgets.items())]
     head += [f"{kind} to {metric} {number(target)}" for kind in kinds]
-    rows = [
-        [
-            group.label,
-            *(
-                spread([best_within(one, metric, kind, most) for one in group.members])
-                for kind, most in budgets.items()
-            ),
-            *(spread([cost_to(one, metric, kind, target) for one in group.members]) for kind in kinds),
-        ]
-        for group in groups
-    ]
+    rows = []
+    for group in groups:
+        best = [[best_within(one, metric, kind, most) for one in group.members] for kind, most in budgets.items()]
+        cost = [[cost_to(one, metric, kind, target) for one in group.members] for kind in kinds]
+        rows.append([group.label, *map(spread, [*best, *cost])])
     return table(head, rows) + (
-        "<p class='note'>On validation rows. A budget is what the cheapest run spent; the target is what the run with the "
-        "worst best value reached. ±: standard deviation over seeds.</p>"
+        "<p class='note'>On validation rows. A budget is what the cheapest run spent; the target is what the run with "
+        "the worst best value reached. ±: standard deviation over seeds.</p>"
     )
 
 
