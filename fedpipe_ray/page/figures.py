@@ -12,7 +12,7 @@ from plotly import graph_objects as go
 from plotly.colors import qualitative
 
 from .groups import Group
-from .history import CLOCKS, History
+from .history import CLOCKS, History, spaced
 
 COLORS = qualitative.Safe  # told apart by the colour-blind
 GRAY, RED = "#8a8a8a", "#c0392b"
@@ -30,7 +30,8 @@ def quality(groups: Sequence[Group], metric: str) -> go.Figure | None:
             if group.seeds > 1:
                 edge = [a + b for a, b in zip(y, spread)] + [a - b for a, b in zip(y, spread)][::-1]
                 figure.add_scatter(
-                    x=x + x[::-1], y=edge, fill="toself", fillcolor=faint(color), line={"width": 0}, hoverinfo="skip",
+                    x=x + x[::-1], y=edge, fill="toself", fillcolor=faint(color), mode="lines", line={"width": 0},
+                    hoverinfo="skip",
                     showlegend=False, **more,
                 )  # fmt: skip
                 shown.append(kind)
@@ -52,7 +53,9 @@ def quality(groups: Sequence[Group], metric: str) -> go.Figure | None:
         }
         for kind in kinds
     ]  # fmt: skip
-    figure.update_layout(updatemenus=[menu(buttons)], xaxis_title=kinds[0], yaxis_title=f"{metric} (validation)")
+    figure.update_layout(
+        updatemenus=[menu(buttons)], xaxis_title=kinds[0], yaxis_title=f"{spaced(metric)} (validation)"
+    )
     figure.update_xaxes(dtick=each)
     return laid_out(figure, top=70)
 
@@ -69,7 +72,7 @@ def edges_quality(history: History, metric: str) -> go.Figure | None:
     if not figure.data:
         return None
     figure.add_scatter(x=x, y=y, name="all edges", mode="lines", line={"color": "black", "width": 3})
-    figure.update_layout(xaxis_title="round", yaxis_title=f"{metric} (validation)", xaxis_dtick=tick([history]))
+    figure.update_layout(xaxis_title="round", yaxis_title=f"{spaced(metric)} (validation)", xaxis_dtick=tick([history]))
     return laid_out(figure)
 
 
@@ -82,7 +85,7 @@ def base_and_tuned(history: History, metric: str) -> go.Figure | None:
     figure = go.Figure()
     for name, found, color in (("base", base, GRAY), ("tuned", tuned, COLORS[4])):
         figure.add_bar(x=names, y=[found[edge][metric] for edge in names], name=name, marker_color=color)
-    figure.update_layout(yaxis_title=f"{metric} (test)", barmode="group")
+    figure.update_layout(yaxis_title=f"{spaced(metric)} (test)", barmode="group")
     return laid_out(figure)
 
 

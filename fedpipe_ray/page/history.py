@@ -97,6 +97,11 @@ class History:
         return found
 
 
+def spaced(name: str) -> str:
+    """A metric's name in words."""
+    return name.replace("_", " ")
+
+
 def _json(path: Path) -> dict[str, Any]:
     """A JSON file; nothing where it is not there yet."""
     try:

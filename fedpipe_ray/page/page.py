@@ -17,7 +17,7 @@ from fedpipe_ray.files import write_atomically
 
 from . import figures
 from .groups import Group, grouped
-from .history import HIGHER, History
+from .history import HIGHER, History, spaced
 from .tables import comparison, fairness, headline, told
 
 HERE = Path(__file__).parent
@@ -61,7 +61,7 @@ def shell(title: str, script: str) -> str:
 
 def title_of(histories: Sequence[History]) -> str:
     """The run's name, or what is compared."""
-    return histories[0].name if len(histories) == 1 else " and ".join(group.label for group in grouped(histories))
+    return histories[0].name if len(histories) == 1 else ", ".join(group.label for group in grouped(histories))
 
 
 def sections(histories: Sequence[History]) -> Iterator[Section]:
@@ -90,10 +90,10 @@ def together(groups: Sequence[Group]) -> Iterator[Section]:
     for metric in first_metrics([one for group in groups for one in group.members]):
         figure = figures.quality(groups, metric)
         if figure is not None:
-            yield Section(f"quality-{metric}", f"Quality: {metric}", f"{note}.", figure)
+            yield Section(f"quality-{metric}", f"Quality: {spaced(metric)}", f"{note}.", figure)
         table = comparison(groups, metric)
         if table:
-            title = f"{metric}: quality under a budget, cost to a target"
+            title = f"{spaced(metric).capitalize()}: quality under a budget, cost to a target"
             yield Section(f"compared-{metric}", title, body=table)
 
 
@@ -104,8 +104,8 @@ def alone(history: History, prefix: str) -> Iterator[Section]:
     for metric in metrics[:1]:
         course, both = figures.edges_quality(history, metric), figures.base_and_tuned(history, metric)
         note = "On the edges' test rows." + some
-        found.insert(0, ("edges", Section("", f"Every edge: {metric}", "On validation rows." + some, course)))
-        found.insert(1, ("tuned", Section("", f"Base and tuned: {metric}", note, both)))
+        found.insert(0, ("edges", Section("", f"Every edge: {spaced(metric)}", "On validation rows." + some, course)))
+        found.insert(1, ("tuned", Section("", f"Base and tuned: {spaced(metric)}", note, both)))
     note = "The rank that is trained, by layer and weight, as it was told last. Choose the edge."
     found.append(("plan", Section("", "Plan", note, figures.plan(history), told(history))))
     note = "What each kind of weight scored, its share of all scores, mean over the edges."

@@ -8,7 +8,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from .groups import Group
-from .history import CLOCKS, HIGHER, History, best_within, cost_to
+from .history import CLOCKS, HIGHER, History, best_within, cost_to, spaced
 
 MISSING = "-"
 MOST_ROWS = 40
@@ -49,7 +49,7 @@ def fairness(history: History, metrics: Sequence[str]) -> str:
         if len(values) > 1:
             ranking = sorted(values, key=lambda edge: values[edge], reverse=metric in HIGHER)
             ends = [f"{number(values[edge])} ({edge})" for edge in (ranking[-1], ranking[0])]
-            rows.append([metric, number(fmean(values.values())), *ends, number(pstdev(values.values()))])
+            rows.append([spaced(metric), number(fmean(values.values())), *ends, number(pstdev(values.values()))])
     return table([f"on {rows_of}", "mean", "worst edge", "best edge", "standard deviation"], rows) if rows else ""
 
 
@@ -64,7 +64,7 @@ def told(history: History) -> str:
         ranks = one.get("ranks", {})
         rows.append([edge, *(number(one.get(name)) for name in names), str(len(ranks)), str(sum(ranks.values()))])
     more = f"<p class='note'>The first {MOST_ROWS} of {len(plans)} edges.</p>" if len(plans) > MOST_ROWS else ""
-    return table(["edge", *(name.replace("_", " ") for name in names), "weights", "sum of ranks"], rows) + more
+    return table(["edge", *map(spaced, names), "weights", "sum of ranks"], rows) + more
 
 
 def comparison(groups: Sequence[Group], metric: str) -> str:
@@ -76,8 +76,8 @@ def comparison(groups: Sequence[Group], metric: str) -> str:
     target = worse(better(one.course(metric, "round")[1]) for one in shown)
     budgets = {kind: min(one.clock(kind)[-1] for one in shown) for kind in ("virtual s", "MB")}
     kinds = [kind for kind in CLOCKS if kind != "wall s"]
-    head = ["run", *(f"{metric} within {number(budget)} {kind}" for kind, budget in budgets.items())]
-    head += [f"{kind} to {metric} {number(target)}" for kind in kinds]
+    head = ["run", *(f"{spaced(metric)} within {number(budget)} {kind}" for kind, budget in budgets.items())]
+    head += [f"{kind} to {spaced(metric)} {number(target)}" for kind in kinds]
     rows = []
     for group in groups:
         best = [[best_within(one, metric, kind, most) for one in group.members] for kind, most in budgets.items()]
@@ -94,7 +94,7 @@ def spread(values: Sequence[float | None]) -> str:
     there = [value for value in values if value is not None]
     if not there:
         return MISSING
-    said = number(fmean(there)) + (f" ± {number(pstdev(there))}" if len(values) > 1 else "")
+    said = number(fmean(there)) + (f" ± {pstdev(there):.2g}" if len(values) > 1 else "")
     return said if len(there) == len(values) else f"{said} ({len(there)} of {len(values)})"
 
 

@@ -86,7 +86,7 @@ def handler_of(watched: Watched, page: bytes) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             """The page, the news, or why not."""
             parts = urlsplit(self.path)
-            port = self.server.server_address[1]
+            port = self.connection.getsockname()[1]
             if self.headers.get("Host", "") not in {f"{name}:{port}" for name in (HOST, "localhost")}:
                 self.answer(HTTPStatus.FORBIDDEN, b"only http://127.0.0.1 is answered", "text/plain")
             elif parts.path == "/":
