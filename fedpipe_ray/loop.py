@@ -48,7 +48,8 @@ class Round:
     evaluation: of every edge that has validation rows, empty where none was due. wall_seconds leave evaluate_seconds
     out. virtual_seconds: from the end of the round before to the end of this one, clock_seconds: at that end. flights:
     the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep. server_loss: the
-    training loss of the server's own steps. moments: of server.optimizer, after it. plans: the orders in short.
+    training loss of the server's own steps. moments: of server.optimizer, after it. plans: the orders in short;
+    started: when each edge was asked, on the virtual clock.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Round:
     server_loss: float = math.nan
     moments: Moments = field(default_factory=dict)
     plans: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    started: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reports(self) -> list[Report]:
@@ -202,7 +204,7 @@ def federate(
         quality = combine(evaluation)
         yield Round(
             number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges,
-            server_loss=server.train_loss, moments=moments, plans=plans,
+            server_loss=server.train_loss, moments=moments, plans=plans, started=dict.fromkeys(outcomes, opened),
         )  # fmt: skip
 
 

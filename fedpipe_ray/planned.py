@@ -41,33 +41,48 @@ def scores(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:
     return found
 
 
+def gathered(plans: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each plan once, with `edges`, the names of those that have it."""
+    found: dict[str, dict[str, Any]] = {}
+    for edge, plan in plans.items():
+        found.setdefault(json.dumps(plan, sort_keys=True), {"edges": [], **plan})["edges"].append(edge)
+    return list(found.values())
+
+
+def scattered(plans: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The inverse of `gathered`."""
+    apart = [({name: value for name, value in one.items() if name != "edges"}, one["edges"]) for one in plans]
+    return {edge: plan for plan, edges in apart for edge in edges}
+
+
 class Plans:
     """plans.jsonl of a run folder: a line for each round in which an edge was told other than before, or scored anew.
 
-    A line has `round`, from 1, and by edge what is new: `edges` (as `in_short` has it), `scores` (by module).
+    A line has `round`, from 1, and what is new: `plans` (as `gathered` has it), `scores` (by edge and module).
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self.known: dict[str, dict[str, Any]] = {"edges": {}, "scores": {}}
+        self.edges: dict[str, Any] = {}
+        self.scores: dict[str, Any] = {}
 
     def rewind(self, rounds: int) -> None:
         """Drops the lines of rounds after the first `rounds`, which will be run again."""
         lines = [line for line in read_lines(self.path) if line["round"] <= rounds]
-        self.known = {"edges": {}, "scores": {}}
+        self.edges, self.scores = {}, {}
         for line in lines:
-            for part, known in self.known.items():
-                known.update(line.get(part, {}))
+            self.edges |= scattered(line.get("plans", []))
+            self.scores |= line.get("scores", {})
         if self.path.exists():
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def append(self, round: int, plans: Mapping[str, Any], numbers: Mapping[str, float]) -> None:
         """Adds what is new after a round, counted from 1; numbers: of the state."""
-        now: dict[str, Mapping[str, Any]] = {"edges": plans, "scores": scores(numbers)}
-        new = {part: {e: v for e, v in edges.items() if self.known[part].get(e) != v} for part, edges in now.items()}
-        new = {part: edges for part, edges in new.items() if edges}
+        edges = {edge: plan for edge, plan in plans.items() if self.edges.get(edge) != plan}
+        anew = {edge: own for edge, own in scores(numbers).items() if self.scores.get(edge) != own}
+        self.edges |= edges
+        self.scores |= anew
+        new: dict[str, Any] = {**({"plans": gathered(edges)} if edges else {}), **({"scores": anew} if anew else {})}
         if new:
             with self.path.open("a") as file:
                 file.write(json.dumps({"round": round, **new}) + "\n")
-        for part, edges in new.items():
-            self.known[part].update(edges)

@@ -278,7 +278,7 @@ def round_record(done: Round) -> dict[str, Any]:
             "samples": cost.samples, "steps": cost.steps, "tokens": cost.tokens, "flops": cost.flops,
             "seconds": cost.seconds, "step_seconds": cost.step_seconds, "virtual_seconds": cost.virtual_seconds,
             "peak_memory_bytes": cost.peak_memory_bytes, "training_memory_bytes": cost.training_memory_bytes,
-            "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down,
+            "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down, "started_seconds": done.started.get(name),
         }  # fmt: skip
     awaited = [one for one in done.outcomes.values() if not (isinstance(one, Lost) and one.status == "late")]
     slowest = max(awaited, key=lambda outcome: outcome.cost.virtual_seconds, default=None)

@@ -91,7 +91,7 @@ def base_and_tuned(history: History, metric: str) -> go.Figure | None:
 
 def plan(history: History) -> go.Figure | None:
     """Layers x kinds of weight: the rank that each edge trains there, as told last; the reader chooses the edge."""
-    told = distinct({edge: one for edge, one in history.planned("edges").items() if one.get("ranks")})
+    told = distinct({edge: one for edge, one in history.planned.items() if one.get("ranks")})
     if not told:
         return None
     grids = {edge: grid(one["ranks"]) for edge, one in told.items()}
@@ -173,8 +173,8 @@ def time_line(history: History) -> go.Figure | None:
         length = line["virtual_seconds"] or 0.0
         for edge in edges:
             if edge in line["edges"] and edge in history.profiles:
-                at = begin
-                for part, seconds in phases(history.profiles[edge], line["edges"][edge], length):
+                at = line["edges"][edge].get("started_seconds", begin)  # buffered: maybe some rounds before
+                for part, seconds in phases(history.profiles[edge], line["edges"][edge], begin + length - at):
                     bars[part].append((edge, at, seconds, f"round {line['round']}: {seconds:.3g} s {part}"))
                     at += seconds
         begin += length

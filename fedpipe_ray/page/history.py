@@ -11,6 +11,7 @@ import yaml
 
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.files import read_lines
+from fedpipe_ray.planned import scattered
 from fedpipe_ray.remote import RemoteFolder, is_url, local
 
 QUALITY = ("loss", "accuracy", "token_accuracy", "perplexity", "macro_f1", "rouge_l", "exact_match")
@@ -89,11 +90,12 @@ class History:
                 points.append((at, float(found[metric])))
         return [at for at, _ in points], [value for _, value in points]
 
-    def planned(self, part: str) -> dict[str, dict[str, Any]]:
-        """What the edges were told last (`edges`), or their newest scores (`scores`)."""
+    @property
+    def planned(self) -> dict[str, dict[str, Any]]:
+        """What every edge was told last."""
         found: dict[str, dict[str, Any]] = {}
         for line in self.plans:
-            found |= line.get(part, {})
+            found |= scattered(line.get("plans", []))
         return found
 
 

@@ -55,7 +55,7 @@ def fairness(history: History, metrics: Sequence[str]) -> str:
 
 def told(history: History) -> str:
     """The numbers of every edge's last order, and how much it trains; "" where orders have none."""
-    plans = {edge: one for edge, one in history.planned("edges").items() if one}
+    plans = {edge: one for edge, one in history.planned.items() if one}
     names = list(dict.fromkeys(name for one in plans.values() for name in one if name != "ranks"))
     if not names and not any("ranks" in one for one in plans.values()):
         return ""
