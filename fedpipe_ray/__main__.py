@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .fleet import Fleet
     from .methods.base import Method
     from .settings import Run
+    from .trackers import Trackers
     from .trial import Executor
 
 ENVIRONMENT = {
@@ -88,6 +89,15 @@ def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
     return SerialFleet(run, method, private_dir.resolve())
 
 
+def make_trackers(run: Run) -> Trackers:
+    """Where a run's figures go beside its folder, not opened yet. Raises UserError if a package is missing."""
+    from actors.metrics import RayMetrics
+
+    from .trackers import Trackers, chosen
+
+    return Trackers([*chosen(run.track), *([RayMetrics()] if run.fleet.ray and run.track.ray_metrics else [])])
+
+
 def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
     """Ray workers for the trials of a search that starts from `run`, or this process."""
     if run.fleet.ray:
@@ -121,7 +131,7 @@ def command_run(options: argparse.Namespace) -> None:
     from .display import Display
 
     run = load(options.config, options.overrides)
-    place = new_folder(run, options)
+    place, trackers = new_folder(run, options), make_trackers(run)
     display = Display(run.track.display)
     display.note("loading torch and starting Ray" if run.fleet.ray else "loading torch")
     with starting_ray(run):
@@ -135,8 +145,8 @@ def command_run(options: argparse.Namespace) -> None:
     set_up_logging(display, folder.path / "log.txt")
     display.note(f"run folder {folder.name}")
     try:
-        experiment = Experiment(run, method, folder, make_fleet, display)
-        with closing(experiment.fleet):
+        experiment = Experiment(run, method, folder, make_fleet, display, trackers)
+        with closing(experiment.fleet), trackers:
             experiment.begin(training_hash(run))
             summary = go_on(experiment, display)
     except BaseException:
@@ -159,13 +169,13 @@ def command_resume(options: argparse.Namespace) -> None:
         set_up_logging(display, None)
         folder.lock()
         set_up_logging(display, folder.path / "log.txt")
-        point = folder.load_checkpoint()
+        trackers, point = make_trackers(run), folder.load_checkpoint()
         run = extended(run, folder, point)
         for change in environment_changes(folder, run):
             logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
         display.note(f"resuming {folder.name} after round {point.start.round}")
-        experiment = Experiment(run, preflight(run), folder, make_fleet, display)
-        with closing(experiment.fleet):
+        experiment = Experiment(run, preflight(run), folder, make_fleet, display, trackers)
+        with closing(experiment.fleet), trackers:
             experiment.resume(point)
             folder.rewrite_config(run)
             summary = go_on(experiment, display)
@@ -252,6 +262,7 @@ def command_check(options: argparse.Namespace) -> None:
     display = Display()
     set_up_logging(display, None)
     method = preflight(run)
+    make_trackers(run)
     for line in check_data(run, method):
         display.note(line)
     display.note(

@@ -6,11 +6,8 @@ import dataclasses
 import json
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .buffered import check_buffered, federate_buffered
@@ -28,12 +25,14 @@ from .methods.base import Method, shown
 from .model import Base
 from .planned import Plans
 from .pretrain import builtin_model
+from .process import stop_after_round
 from .randomness import rng_for
 from .record import Checkpoint, RunFolder, round_record
 from .report import Lost, Report
 from .server_checks import check_server
 from .settings import Run
 from .site import SERVER, Ready, Site
+from .trackers import Trackers
 from .views import PERSONAL_HINT, check_personal, first_view, is_personal
 
 log = logging.getLogger("fedpipe")
@@ -94,10 +93,14 @@ def pretrain(run: Run, display: Display) -> None:
 class Experiment:
     """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next.
 
-    Pretrains the built-in model if it is not in the cache, before the fleet takes its share of the machine.
+    Pretrains the built-in model if it is not in the cache, before the fleet takes its share of the machine. trackers:
+    not started yet; who made them closes them.
     """
 
-    def __init__(self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
+    def __init__(
+        self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display,
+        trackers: Trackers | None = None,
+    ) -> None:  # fmt: skip
         self.run, self.method, self.folder, self.display = run, method, folder, display
         if method.base != "none":
             pretrain(run, display)
@@ -105,6 +108,7 @@ class Experiment:
         self.fleet = make_fleet(run, self.method, folder.path / "private")
         self.point = Checkpoint(Start(Message()), "", {})
         self.plans = Plans(folder.path)
+        self.trackers = trackers or Trackers()
         self.server = server_site(run, self.method, [])
 
     def open(self) -> list[Ready]:
@@ -130,6 +134,7 @@ class Experiment:
             with self.display.watching(self.fleet, "evaluating the base model"):
                 self.point.base = self.measure(None)
             self.display.base(self.point.base["global"])
+        self.track()
         self.folder.save_checkpoint(self.point)
 
     def resume(self, point: Checkpoint) -> None:
@@ -146,6 +151,11 @@ class Experiment:
         (self.folder.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
         self.restore(point.start)
         self.point = point
+        self.track()
+
+    def track(self) -> None:
+        """Opens the trackers and brings them up to this checkpoint."""
+        self.trackers.start(self.run, self.folder.path, self.point.base, self.folder.rounds())
 
     def restore(self, start: Start) -> None:
         """Private states as they were: of an edge still at work, before the round in which it was asked."""
@@ -205,10 +215,11 @@ class Experiment:
         return rounds_of(self.run, self.method, self.fleet, self.server, self.point.start)
 
     def keep(self, done: Round) -> None:
-        """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
+        """Records a round: rounds.jsonl and the trackers, then the checkpoint, then the screen."""
         record = round_record(done)
         self.folder.append(record)
         self.plans.append(record["round"], done.plans, done.state.numbers)
+        self.trackers.round(record)
         point = self.point
         for key in point.totals:
             point.totals[key] += record[key]
@@ -242,6 +253,7 @@ class Experiment:
             "tuned": tuned,
             "totals": self.point.totals,
         }
+        self.trackers.finish(summary)
         self.folder.write_summary(summary)
         return {**summary, "export": hint}
 
@@ -326,25 +338,3 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
             yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
     elif before != after:
         yield at
-
-
-@contextmanager
-def stop_after_round() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, which asks for a stop after the round; the second one stops at once."""
-    asked: list[int] = []
-
-    def handle(signum: int, _: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signum)
-        log.warning("stopping after this round; once more stops at once")
-
-    try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller owns the signals
-        before = {}
-    try:
-        yield asked
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
