@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import commands
 from .arguments import parse
 from .errors import AllEdgesLost, Interrupted, UserError
 from .process import REPOSITORY, clean_up_on_sigterm, close_log, closing, set_up_logging, siblings
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .fleet import Fleet
     from .methods.base import Method
     from .settings import Run
+    from .trackers import Trackers
     from .trial import Executor
 
 ENVIRONMENT = {
@@ -88,6 +90,15 @@ def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
     return SerialFleet(run, method, private_dir.resolve())
 
 
+def make_trackers(run: Run) -> Trackers:
+    """Where a run's figures go beside its folder, not opened yet. Raises UserError if a package is missing."""
+    from actors.metrics import RayMetrics
+
+    from .trackers import Trackers, chosen
+
+    return Trackers([*chosen(run.track), *([RayMetrics()] if run.fleet.ray and run.track.ray_metrics else [])])
+
+
 def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
     """Ray workers for the trials of a search that starts from `run`, or this process."""
     if run.fleet.ray:
@@ -121,7 +132,7 @@ def command_run(options: argparse.Namespace) -> None:
     from .display import Display
 
     run = load(options.config, options.overrides)
-    place = new_folder(run, options)
+    place, trackers = new_folder(run, options), make_trackers(run)
     display = Display(run.track.display)
     display.note("loading torch and starting Ray" if run.fleet.ray else "loading torch")
     with starting_ray(run):
@@ -135,8 +146,8 @@ def command_run(options: argparse.Namespace) -> None:
     set_up_logging(display, folder.path / "log.txt")
     display.note(f"run folder {folder.name}")
     try:
-        experiment = Experiment(run, method, folder, make_fleet, display)
-        with closing(experiment.fleet):
+        experiment = Experiment(run, method, folder, make_fleet, display, trackers)
+        with closing(experiment.fleet), trackers:
             experiment.begin(training_hash(run))
             summary = go_on(experiment, display)
     except BaseException:
@@ -159,13 +170,13 @@ def command_resume(options: argparse.Namespace) -> None:
         set_up_logging(display, None)
         folder.lock()
         set_up_logging(display, folder.path / "log.txt")
-        point = folder.load_checkpoint()
+        trackers, point = make_trackers(run), folder.load_checkpoint()
         run = extended(run, folder, point)
         for change in environment_changes(folder, run):
             logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
         display.note(f"resuming {folder.name} after round {point.start.round}")
-        experiment = Experiment(run, preflight(run), folder, make_fleet, display)
-        with closing(experiment.fleet):
+        experiment = Experiment(run, preflight(run), folder, make_fleet, display, trackers)
+        with closing(experiment.fleet), trackers:
             experiment.resume(point)
             folder.rewrite_config(run)
             summary = go_on(experiment, display)
@@ -194,32 +205,6 @@ def command_evaluate(options: argparse.Namespace) -> None:
     display.console.print(comparison(base, tuned))
 
 
-def command_export(options: argparse.Namespace) -> None:
-    """The adapter of a run, or a merged model."""
-    from .display import Display
-    from .results import export_run
-
-    display = Display()
-    set_up_logging(display, None)
-    clean_up_on_sigterm()
-    what = export_run(options.folder, options.out, options.merge, options.edge)
-    display.note(f"wrote the {what} to {options.out}")
-
-
-def command_report(options: argparse.Namespace) -> None:
-    """A page of one run or several."""
-    from .page.report import report
-
-    report(options.runs, options.out)
-
-
-def command_watch(options: argparse.Namespace) -> None:
-    """The page of a run in progress, live."""
-    from .page.watch import watch
-
-    watch(options.run, options.port)
-
-
 def command_submit(options: argparse.Namespace) -> int:
     """A run as a job of a cluster; returns the exit code of its driver."""
     run = load(options.config, options.overrides)  # a mistake shows here, before anything is sent
@@ -237,13 +222,6 @@ def command_submit(options: argparse.Namespace) -> int:
     command = ["python", "-m", "fedpipe_ray", "run", config.relative_to(REPOSITORY).as_posix(), *options.overrides]
     command += ["--out", options.out] if options.out else []
     return submit(options.address, command, REPOSITORY, options.env)
-
-
-def command_methods(options: argparse.Namespace) -> None:
-    """The methods, a line each; or all about one."""
-    from .methods import details, listing
-
-    print("\n".join(listing() if options.name is None else details(options.name)))
 
 
 def command_check(options: argparse.Namespace) -> None:
@@ -266,6 +244,7 @@ def command_check(options: argparse.Namespace) -> None:
     display = Display()
     set_up_logging(display, None)
     method = preflight(run)
+    make_trackers(run)
     for line in check_data(run, method):
         display.note(line)
     display.note(
@@ -343,11 +322,11 @@ COMMANDS = {
     "run": command_run,
     "resume": command_resume,
     "evaluate": command_evaluate,
-    "export": command_export,
-    "report": command_report,
-    "watch": command_watch,
+    "export": commands.export,
+    "report": commands.report,
+    "watch": commands.watch,
     "submit": command_submit,
-    "methods": command_methods,
+    "methods": commands.methods,
     "check": command_check,
 }
 

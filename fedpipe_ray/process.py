@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from .display import Display
     from .fleet import Fleet
 
+log = logging.getLogger("fedpipe")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def close_log() -> None:
     """Ends this command's log handlers; a program that calls `main` keeps none of them."""
-    log = logging.getLogger("fedpipe")
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
@@ -33,7 +33,6 @@ def close_log() -> None:
 def set_up_logging(display: Display, file: Path | None) -> None:
     """Warnings of the run go to the screen, everything to the run's log."""
     close_log()
-    log = logging.getLogger("fedpipe")
     log.setLevel(logging.DEBUG)
     log.addHandler(display.handler())
     if file is not None:
@@ -80,7 +79,7 @@ def stop_after_round() -> Iterator[list[int]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(signum)
-        logging.getLogger("fedpipe").warning("stopping after this round; once more stops at once")
+        log.warning("stopping after this round; once more stops at once")
 
     try:
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -200,7 +200,7 @@ class RemoteFolder:
             except (*FAULTS, UserError) as error:
                 log.warning("the end of the log is not in %s: %s", self.url, first_line(error))
         self._owned = False
-        if self._broken:
+        if self._broken or self.here == Path():  # nothing was brought here, and this is the current folder
             return
         if (self.here / "private").exists():
             log.warning("private state of edges is kept in %s; `fedpipe resume` finds it there", self.here / "private")

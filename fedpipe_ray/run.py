@@ -32,10 +32,10 @@ from .report import Lost, Report
 from .server_checks import check_server
 from .settings import Run
 from .site import SERVER, Ready, Site
+from .trackers import Trackers
 from .views import PERSONAL_HINT, check_personal, first_view, is_personal
 
 log = logging.getLogger("fedpipe")
-REPORT = "report.html"
 MakeFleet = Callable[[Run, Method, Path], Fleet]
 
 
@@ -93,10 +93,14 @@ def pretrain(run: Run, display: Display) -> None:
 class Experiment:
     """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next.
 
-    Pretrains the built-in model if it is not in the cache, before the fleet takes its share of the machine.
+    Pretrains the built-in model if it is not in the cache, before the fleet takes its share of the machine. trackers:
+    not started yet; who made them closes them.
     """
 
-    def __init__(self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
+    def __init__(
+        self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display,
+        trackers: Trackers | None = None,
+    ) -> None:  # fmt: skip
         self.run, self.method, self.folder, self.display = run, method, folder, display
         if method.base != "none":
             pretrain(run, display)
@@ -104,6 +108,7 @@ class Experiment:
         self.fleet = make_fleet(run, self.method, folder.path / "private")
         self.point = Checkpoint(Start(Message()), "", {})
         self.plans = Plans(folder.path)
+        self.trackers = trackers or Trackers()
         self.server = server_site(run, self.method, [])
 
     def open(self) -> list[Ready]:
@@ -129,6 +134,7 @@ class Experiment:
             with self.display.watching(self.fleet, "evaluating the base model"):
                 self.point.base = self.measure(None)
             self.display.base(self.point.base["global"])
+        self.track()
         self.folder.save_checkpoint(self.point)
 
     def resume(self, point: Checkpoint) -> None:
@@ -145,6 +151,11 @@ class Experiment:
         (self.folder.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
         self.restore(point.start)
         self.point = point
+        self.track()
+
+    def track(self) -> None:
+        """Opens the trackers and brings them up to this checkpoint."""
+        self.trackers.start(self.run, self.folder.path, self.point.base, self.folder.rounds())
 
     def restore(self, start: Start) -> None:
         """Private states as they were: of an edge still at work, before the round in which it was asked."""
@@ -204,10 +215,11 @@ class Experiment:
         return rounds_of(self.run, self.method, self.fleet, self.server, self.point.start)
 
     def keep(self, done: Round) -> None:
-        """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
+        """Records a round: rounds.jsonl and the trackers, then the checkpoint, then the screen."""
         record = round_record(done)
         self.folder.append(record)
         self.plans.append(record["round"], done.plans, done.state.numbers)
+        self.trackers.round(record)
         point = self.point
         for key in point.totals:
             point.totals[key] += record[key]
@@ -241,20 +253,12 @@ class Experiment:
             "tuned": tuned,
             "totals": self.point.totals,
         }
+        self.trackers.finish(summary)
         self.folder.write_summary(summary)
-        self.report()
+        from .page.report import add_report  # plotly, which is wanted only now
+
+        add_report(self.folder)
         return {**summary, "export": hint}
-
-    def report(self) -> None:
-        """Writes report.html; a run does not fail for it."""
-        from .page.history import History
-        from .page.page import write_page
-
-        try:
-            write_page(self.folder.path / REPORT, [History.of(self.folder.name, self.folder.path)])
-            self.folder.publish()
-        except Exception as error:
-            log.warning("%s was not written: %s; try: fedpipe report %s", REPORT, error, self.folder.name)
 
 
 def rounds_of(run: Run, method: Method, fleet: Fleet, server: Site, start: Start | None = None) -> Iterator[Round]:

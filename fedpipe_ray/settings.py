@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from .fleet_settings import FleetSettings, Profile
 from .section import Section, require
@@ -238,9 +239,35 @@ class Evaluate(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Track(Section):
-    """What the terminal shows: a live table, a plain line a round, or nothing; `auto` asks the terminal."""
+    """What the terminal shows: a live table, a plain line a round, or nothing; `auto` asks the terminal. And where else
+    the figures of a run go (docs/tracking.md).
+
+    tensorboard: event files in the run folder; null = where tensorboardX is installed. mlflow: the URI of a tracking
+    store, such as sqlite:///mlflow.db or a server's URL; null = none. wandb: `offline` = Weights & Biases files in the
+    run folder, `online` = they are sent as well; null = none. project: MLflow's experiment, W&B's project.
+    ray_metrics: on Ray, metrics that its agents export for Prometheus (docs/monitoring.md).
+    """
 
     display: Literal["auto", "live", "plain", "none"] = "auto"
+    tensorboard: bool | None = None
+    mlflow: str | None = None
+    wandb: Literal["offline", "online"] | None = None
+    project: str = "fedpipe"
+    ray_metrics: bool = True
+
+    def __post_init__(self) -> None:
+        uri = self.mlflow
+        require(
+            uri is None or "databricks" in uri or ("://" in uri and not uri.startswith("file:")),
+            f"track.mlflow: {uri!r} is no tracking URI; give a database, such as sqlite:///mlflow.db, or a server, "
+            "such as http://localhost:5000",
+        )
+        require(
+            uri is None or urlsplit(uri).password is None,
+            "track.mlflow: it must hold no password, for it is written to config.yaml; give that in the environment, "
+            "as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for PostgreSQL",
+        )
+        require(bool(self.project), "track.project: needs a name")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,10 +65,12 @@ def test_a_head_that_dies_loses_nothing(
     url, checkpoint = store.url("first"), "checkpoint/round-000{}/{}"
     started.run(tiny, "--out", url, TMPDIR=str(disk))
     started.kill()
-    assert store.names("first") == [
+    names = store.names("first")
+    assert len([name for name in names if name.startswith("tensorboard/events")]) == 1
+    assert [name for name in names if not name.startswith("tensorboard/")] == [
         ".owner",
         *(checkpoint.format(n, file) for n in (2, 3) for file in ("manifest.json", "state.safetensors")),
-        *("config.yaml", "environment.json", "log.txt", "rounds.jsonl"),
+        *("config.yaml", "environment.json", "log.txt", "plans.jsonl", "rounds.jsonl", "trackers.json"),
     ]
     shutil.rmtree(disk)
     disk.mkdir()

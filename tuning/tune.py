@@ -59,6 +59,8 @@ def study_of(plan: Plan, folder: Path) -> optuna.Study:
 
 def carry_out(plan: Plan, folder: Path, make_executor: Callable[[], Executor], display: Display) -> optuna.Study:
     """Runs what is left of a campaign and writes its results. Raises UserError, also where no trial is feasible."""
+    if (track := plan.base.track).tensorboard or track.mlflow or track.wandb:
+        display.note("track: trials go to no tracker; run the best one, best.yaml, to see its rounds there")
     with locked(folder), ExitStack() as stack:
         study = study_of(plan, folder)
         stack.callback(close_storage, study)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.files import read_lines
 from fedpipe_ray.planned import scattered
-from fedpipe_ray.remote import RemoteFolder, is_url, local
+from fedpipe_ray.record import RunFolder
 
 QUALITY = ("loss", "accuracy", "token_accuracy", "perplexity", "macro_f1", "rouge_l", "exact_match")
 HIGHER = frozenset(QUALITY) - {"loss", "perplexity"}  # better where it is higher
@@ -33,12 +34,8 @@ class History:
     @classmethod
     def read(cls, place: str) -> History:
         """The run in a folder or under a URL. Raises UserError if there is none."""
-        remote = RemoteFolder(place) if is_url(place) else None
-        try:
-            return cls.of(place, remote.open() if remote else local(place))
-        finally:
-            if remote:
-                remote.close()
+        with contextlib.closing(RunFolder.open(place)) as folder:
+            return cls.of(place, folder.path)
 
     @classmethod
     def of(cls, name: str, folder: Path) -> History:

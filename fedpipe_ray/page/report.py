@@ -1,18 +1,23 @@
-"""`fedpipe report`: reads runs and writes their page."""
+"""Reads runs and writes their page: `fedpipe report`, and the end of every run."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.record import RunFolder
 
 from .history import History
 from .page import write_page
 
+FILE = "report.html"
+log = logging.getLogger("fedpipe")
 
-def report(places: Sequence[str], out: Path) -> None:
+
+def write_report(places: Sequence[str], out: Path) -> None:
     """Writes the page of the runs in folders or under URLs to `out`. Raises UserError."""
     display, histories = Display(), []
     with display.task("reading the runs") as bar:
@@ -26,3 +31,12 @@ def report(places: Sequence[str], out: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}; give another file with --out") from None
     display.note(f"wrote {out}")
+
+
+def add_report(folder: RunFolder) -> None:
+    """Writes report.html of a run into its folder; a run does not fail for it."""
+    try:
+        write_page(folder.path / FILE, [History.of(folder.name, folder.path)])
+        folder.publish()
+    except Exception as error:
+        log.warning("%s was not written: %s; try: fedpipe report %s", FILE, error, folder.name)

@@ -115,7 +115,7 @@ def handler_of(watched: Watched, page: bytes) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def watch(place: str, port: int | None) -> None:
+def serve_run(place: str, port: int | None) -> None:
     """Serves the page until Ctrl-C. port: default PORT, or a free one if that is taken. Raises UserError."""
     display, watched = Display(), Watched(place)
     page = shell(place, 'follow("/news");').encode()
