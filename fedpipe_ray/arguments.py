@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
 
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
+    plan.add_argument(
+        "--shapes", action="store_true", help="from the model's configuration alone: loads no weights, asks no edge"
+    )
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
     add_searches(commands, run_file)
