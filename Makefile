@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CODE := fedpipe_ray actors tuning clusters
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-services databases lint format clean
+.PHONY: help install quickstart test test-services databases lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf,tune,tracking]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf,tune,tracking,docs]'
 	@touch $@
 
 quickstart: $(VENV)/.installed ## a whole federation on this machine, in a few minutes
@@ -52,6 +52,9 @@ lint: $(VENV)/.installed ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CODE)
+
+docs: $(VENV)/.installed ## the documentation, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed ## let ruff sort imports and lay out the code
 	$(BIN)/ruff check --fix .

@@ -110,14 +110,14 @@ def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
     return SerialExecutor()
 
 
-def load(config: Path, overrides: Sequence[str]) -> Run:
+def load(config: Path | str, overrides: Sequence[str] = ()) -> Run:
     """The resolved run of a file and its overrides. Raises UserError."""
     from clusters import find_profiles
 
     from .config import load_run
     from .methods import make_method
 
-    run = load_run(config, overrides, find_profiles)
+    run = load_run(Path(config), overrides, find_profiles)
     make_method(run.method)  # its faults before anything is loaded or pretrained
     return run
 
@@ -261,7 +261,7 @@ def command_plan(options: argparse.Namespace) -> None:
     display = Display(run.track.display)
     set_up_logging(display, None)
     clean_up_on_sigterm()
-    deadline, plans = plan_run(run, make_fleet, display)
+    deadline, plans = plan_run(run, make_fleet, display, options.shapes)
     try:
         write_plan(options.out, deadline, plans)
     except OSError as error:

@@ -58,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--port", type=int, metavar="N", help="of 127.0.0.1 (default: 8270, or a free one)")
 
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
+    plan.add_argument(
+        "--shapes", action="store_true", help="from the model's configuration alone: loads no weights, asks no edge"
+    )
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
     add_searches(commands, run_file)

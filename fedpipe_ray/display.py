@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import time
@@ -42,7 +43,7 @@ class Display:
     def __init__(self, mode: str = "auto") -> None:
         self.console = Console(highlight=False, soft_wrap=mode != "live")
         if mode == "auto":
-            mode = "live" if self.console.is_terminal else "plain"
+            mode = "live" if self.console.is_terminal or widgets(self.console) else "plain"
         self.mode = mode
         self.console.quiet = mode == "none"
         self.console.soft_wrap = mode != "live"
@@ -190,6 +191,11 @@ class Display:
                 f"{summary['export'].format(out=out)}\nreport:   {out}/report.html\n"
                 f"go on:    fedpipe resume {out} rounds={2 * summary['rounds']}"
             )
+
+
+def widgets(console: Console) -> bool:
+    """Whether this is a notebook in which rich can show something that changes."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 def comparison(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Table:

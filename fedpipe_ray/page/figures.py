@@ -11,7 +11,7 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.colors import qualitative
 
-from .groups import Group
+from .groups import grouped
 from .history import CLOCKS, History, spaced
 
 COLORS = qualitative.Safe  # told apart by the colour-blind
@@ -20,9 +20,9 @@ MOST_EDGES = 40  # lines or bars of a figure beyond which nobody reads it
 PARTS = {"down": COLORS[0], "compute": COLORS[4], "up": COLORS[2], "wait": "#e8e8e8", "lost": RED}
 
 
-def quality(groups: Sequence[Group], metric: str) -> go.Figure | None:
+def quality(histories: Sequence[History], metric: str) -> go.Figure | None:
     """A validation metric over rounds, virtual time, bytes or wall time, which the reader chooses; a line a group."""
-    figure, kinds, shown = go.Figure(), list(CLOCKS), list[str]()
+    figure, kinds, shown, groups = go.Figure(), list(CLOCKS), list[str](), grouped(histories)
     for kind in kinds:
         for number, group in enumerate(groups):
             x, y, spread = group.course(metric, kind)
@@ -42,7 +42,7 @@ def quality(groups: Sequence[Group], metric: str) -> go.Figure | None:
             shown.append(kind)
     if not any(len(trace.x) for trace in figure.data):
         return None
-    each = tick([one for group in groups for one in group.members])
+    each = tick(histories)
     buttons = [
         {
             "label": kind, "method": "update",

@@ -87,8 +87,9 @@ def together(groups: Sequence[Group]) -> Iterator[Section]:
     note = "Over all edges, on validation rows"
     if any(group.seeds > 1 for group in groups):
         note += "; a line is the mean over seeds, its band the standard deviation"
-    for metric in first_metrics([one for group in groups for one in group.members]):
-        figure = figures.quality(groups, metric)
+    histories = [one for group in groups for one in group.members]
+    for metric in first_metrics(histories):
+        figure = figures.quality(histories, metric)
         if figure is not None:
             yield Section(f"quality-{metric}", f"Quality: {spaced(metric)}", f"{note}.", figure)
         table = comparison(groups, metric)
