@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf,tune,tracking,docs]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf,tune,tracking,lm-eval,docs]'
 	@touch $@
 
 quickstart: $(VENV)/.installed ## a whole federation on this machine, in a few minutes

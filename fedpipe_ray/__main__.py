@@ -99,6 +99,15 @@ def make_trackers(run: Run) -> Trackers:
     return Trackers([*chosen(run.track), *([RayMetrics()] if run.fleet.ray and run.track.ray_metrics else [])])
 
 
+def one_cluster(run: Run) -> contextlib.AbstractContextManager[None]:
+    """One Ray for all fleets that a command makes, if the run wants it."""
+    if not run.fleet.ray:
+        return contextlib.nullcontext()
+    from actors.connect import connected, without_gpus
+
+    return connected(run.fleet.address, without_gpus(run))
+
+
 def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
     """Ray workers for the trials of a search that starts from `run`, or this process."""
     if run.fleet.ray:
@@ -184,25 +193,31 @@ def command_resume(options: argparse.Namespace) -> None:
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
-    """Base against tuned, one table."""
-    from .display import Display, comparison
-    from .results import evaluate_adapter, evaluate_run
+    """Base against tuned, one table; or both on public benchmarks."""
+    if options.lm_eval is not None:
+        from .harness import command
 
-    display, path = Display(), Path(options.what)
-    set_up_logging(display, None)
-    if "://" in options.what or (path / "config.yaml").is_file():
-        base, tuned = evaluate_run(options.what, options.overrides, options.data, make_fleet, display)
-    elif (path / "adapter_config.json").is_file():
-        if options.config is None or options.data is None:
-            raise UserError(
-                f"{options.what} is an adapter; say how rows are read and which: --config CONFIG --data SOURCE"
-            )
-        base, tuned = evaluate_adapter(path, load(options.config, options.overrides), options.data, display)
+        command(options)
     else:
-        raise UserError(
-            f"{options.what} is neither a run folder (config.yaml) nor a PEFT adapter (adapter_config.json)"
-        )
-    display.console.print(comparison(base, tuned))
+        from .commands import evaluate
+
+        evaluate(options, load, make_fleet)
+
+
+def command_generate(options: argparse.Namespace) -> None:
+    """What base and tuned model answer to prompts."""
+    from .generate import command
+
+    command(options)
+
+
+def command_compare(options: argparse.Namespace) -> int:
+    """Several methods, one table."""
+    from clusters import find_profiles
+
+    from .commands import compare
+
+    return compare(options, find_profiles, make_fleet, starting_ray, one_cluster)
 
 
 def command_submit(options: argparse.Namespace) -> int:
@@ -254,20 +269,9 @@ def command_check(options: argparse.Namespace) -> None:
 
 def command_plan(options: argparse.Namespace) -> None:
     """What each edge would be given; trains nothing."""
-    run = load(options.config, options.overrides)
-    from .display import Display, plan_table
-    from .results import plan_run, write_plan
+    from .commands import plan
 
-    display = Display(run.track.display)
-    set_up_logging(display, None)
-    clean_up_on_sigterm()
-    deadline, plans = plan_run(run, make_fleet, display, options.shapes)
-    try:
-        write_plan(options.out, deadline, plans)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from None
-    display.console.print(plan_table(deadline, plans))
-    display.note(f"wrote {options.out}")
+    plan(options, load(options.config, options.overrides), make_fleet)
 
 
 def command_allocate(options: argparse.Namespace) -> None:
@@ -321,10 +325,12 @@ COMMANDS = {
     "plan": command_plan,
     "run": command_run,
     "resume": command_resume,
+    "compare": command_compare,
     "evaluate": command_evaluate,
     "export": commands.export,
     "report": commands.report,
     "watch": commands.watch,
+    "generate": command_generate,
     "submit": command_submit,
     "methods": commands.methods,
     "check": command_check,

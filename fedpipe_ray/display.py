@@ -50,6 +50,7 @@ class Display:
         if not self.console.is_terminal:
             self.console.width = 120  # of tables; rich takes 80 for a pipe
         self.sources: dict[str, str] = {}
+        self._found: list[object] = []
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self.console,
@@ -136,7 +137,11 @@ class Display:
         return table
 
     def edges(self, run: Run, ready: Sequence[Ready]) -> None:
-        """What the preflight found, a line an edge."""
+        """What the preflight found, a line an edge; nothing where it found the same before, for another run."""
+        found: list[object] = [(one.edge, one.counts, one.device) for one in ready]
+        if found == self._found:
+            return
+        self._found = found
         table = Table(box=None, pad_edge=False)
         for name in ("edge", "data", "train", "validation", "test", "cut", "dropped", "device"):
             table.add_column(

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from .errors import UserError
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -31,3 +36,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return found
+
+
+@contextmanager
+def locked(folder: Path, user: str) -> Iterator[None]:
+    """Makes a folder and keeps other processes that lock it out. Raises UserError; user: who is in there, in words."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is in use by {user} in progress; wait for it, or give another --out") from None
+        yield

@@ -12,7 +12,7 @@ from typing import Any
 
 from .buffered import check_buffered, federate_buffered
 from .codecs import make_codec
-from .config import FREE_ON_RESUME, training_hash
+from .config import FREE_ON_RESUME, differences, training_hash
 from .display import Display
 from .encoding import check_codec
 from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
@@ -318,7 +318,7 @@ def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:
             "bring it back, or start a new run"
         )
     if training_hash(run) != training_hash(before):
-        keys = _differences(dataclasses.asdict(before), dataclasses.asdict(run))
+        keys = differences(dataclasses.asdict(before), dataclasses.asdict(run))
         changed = ", ".join(sorted(key for key in keys if not f"{key}.".startswith(FREE)))
         raise UserError(
             f"resume cannot change {changed}; free keys are {', '.join(FREE_ON_RESUME)}; for others start a new run"
@@ -333,11 +333,3 @@ def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:
 
 
 FREE = tuple(f"{key}." for key in FREE_ON_RESUME)
-
-
-def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
-    elif before != after:
-        yield at

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from statistics import fmean, stdev
 from typing import Any
 
 from .history import History
@@ -33,10 +34,9 @@ class Group:
         xs, means, spreads = [], [], []
         for at in range(count):
             values = [y[at] for _, y in courses]
-            mean = sum(values) / len(values)
-            xs.append(sum(x[at] for x, _ in courses) / len(courses))
-            means.append(mean)
-            spreads.append((sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5)
+            xs.append(fmean(x[at] for x, _ in courses))
+            means.append(fmean(values))
+            spreads.append(stdev(values) if len(values) > 1 else 0.0)
         return xs, means, spreads
 
 

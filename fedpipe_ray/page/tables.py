@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 from .groups import Group
@@ -94,7 +94,7 @@ def spread(values: Sequence[float | None]) -> str:
     there = [value for value in values if value is not None]
     if not there:
         return MISSING
-    said = number(fmean(there)) + (f" ± {pstdev(there):.2g}" if len(values) > 1 else "")
+    said = number(fmean(there)) + (f" ± {stdev(there):.2g}" if len(there) > 1 else "")
     return said if len(there) == len(values) else f"{said} ({len(there)} of {len(values)})"
 
 
