@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CODE := fedpipe_ray actors tuning clusters
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-services databases lint docs format clean
+.PHONY: help install quickstart test test-services debian lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,14 +38,15 @@ $(VENV)/s3-server/.installed: $(VENV)/.installed tests/s3-server.txt
 	$(VENV)/s3-server/bin/python -m pip install -r tests/s3-server.txt
 	@touch $@
 
-# Debian's servers, where we may install them; elsewhere their tests are skipped and say so.
-databases:
-	@{ ls -d /usr/lib/postgresql/*/bin && ls /usr/sbin/mariadbd; } >/dev/null 2>&1 || { \
+# Debian's servers and browser, where we may install them; elsewhere their tests are skipped and say so.
+DEBIAN := postgresql mariadb-server-core chromium chromium-driver
+debian:
+	@{ ls -d /usr/lib/postgresql/*/bin && ls /usr/sbin/mariadbd /usr/bin/chromium /usr/bin/chromedriver; } >/dev/null 2>&1 || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends postgresql mariadb-server-core; } || \
-		echo "install Debian's packages postgresql and mariadb-server-core to test campaigns on them" >&2
+		DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends $(DEBIAN); } || \
+		echo "install Debian's packages $(DEBIAN) to test campaigns on servers and pages in a browser" >&2
 
-test-services: $(VENV)/.installed $(VENV)/s3-server/.installed databases ## the tests that start a cluster or another service
+test-services: $(VENV)/.installed $(VENV)/s3-server/.installed debian ## the tests that start a cluster or another service
 	$(BIN)/python -m pytest tests -m services
 
 lint: $(VENV)/.installed ## ruff and mypy, changing nothing
