@@ -151,6 +151,7 @@ def test_a_run_is_that_of_the_command_run(compared: tuple[Path, list[str]], tmp_
     assert_like(folder / "flora-1", tmp_path / "run")
 
 
+@pytest.mark.services
 def test_the_same_command_goes_on(
     compared: tuple[Path, list[str]],
     tmp_path: Path,

@@ -18,6 +18,7 @@ from runs import ROOT
 
 from clusters import find_profiles
 from fedpipe_ray.arguments import parse, parser
+from fedpipe_ray.compare.asked import asked
 from fedpipe_ray.config import load_run
 from fedpipe_ray.methods import METHODS, make_method, method_class
 from fedpipe_ray.run import preflight
@@ -29,6 +30,7 @@ HEADINGS = (
     "Run file", "The paper's, and ours", "On the wire", "Costs", "Refused", "When to choose it", "Measured", "Settings",
 )  # fmt: skip
 KEYS = {field.name for field in dataclasses.fields(Run)}
+OTHERS = {"scrape_configs", "groups", "dataset_path"}  # files of Prometheus, of its alerts, of the evaluation harness
 PROFILES = "fleet: {profiles: clusters/laptop.yaml}"
 
 
@@ -75,7 +77,7 @@ def test_every_method_has_a_page_of_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("content", snippets("yaml"))
 def test_yaml_is_what_the_program_reads(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run files load and their methods are made; a part of one does beside ready profiles. Campaigns and plans load."""
+    """Run files load and their methods are made; a part of one does beside ready profiles; others are what they are."""
     monkeypatch.syspath_prepend(str(DOCS / "examples"))
     monkeypatch.chdir(ROOT)
     tree, path = yaml.safe_load(content), tmp_path / "snippet.yaml"
@@ -89,6 +91,12 @@ def test_yaml_is_what_the_program_reads(content: str, tmp_path: Path, monkeypatc
             load_plan(path, [], load)
         finally:
             path.unlink(missing_ok=True)
+        return
+    if tree.keys() & OTHERS:
+        return
+    if "seeds" in tree:
+        path.write_text(f"{content}\n{PROFILES}\n")
+        assert len(asked(path, [], None, lambda name, _: find_profiles(name, ROOT)).seeds) > 1
         return
     assert tree.keys() <= KEYS, f"neither a run file nor a campaign: {sorted(tree.keys() - KEYS)}"
     path.write_text(content if "fleet" in tree else f"{content}\n{PROFILES}\n")

@@ -64,6 +64,7 @@ def accuracy(model: Any, folder: Path, rows: list[dict[str, str]]) -> float:
     return right / len(rows)
 
 
+@pytest.mark.services
 def test_figures_of_a_local_task(
     place: Path, model_dir: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
