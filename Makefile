@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CODE := fedpipe_ray actors tuning clusters
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-services databases lint format clean
+.PHONY: help install quickstart test test-services debian lint docs format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -23,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@rm -f $@
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX),-c constraints.txt) torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf,tune]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,minilm,hf,tune,tracking,lm-eval,docs]'
 	@touch $@
 
 quickstart: $(VENV)/.installed ## a whole federation on this machine, in a few minutes
@@ -38,20 +38,24 @@ $(VENV)/s3-server/.installed: $(VENV)/.installed tests/s3-server.txt
 	$(VENV)/s3-server/bin/python -m pip install -r tests/s3-server.txt
 	@touch $@
 
-# Debian's servers, where we may install them; elsewhere their tests are skipped and say so.
-databases:
-	@{ ls -d /usr/lib/postgresql/*/bin && ls /usr/sbin/mariadbd; } >/dev/null 2>&1 || { \
+# Debian's servers and browser, where we may install them; elsewhere their tests are skipped and say so.
+DEBIAN := postgresql mariadb-server-core chromium chromium-driver
+debian:
+	@{ ls -d /usr/lib/postgresql/*/bin && ls /usr/sbin/mariadbd /usr/bin/chromium /usr/bin/chromedriver; } >/dev/null 2>&1 || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -q && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends postgresql mariadb-server-core; } || \
-		echo "install Debian's packages postgresql and mariadb-server-core to test campaigns on them" >&2
+		DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends $(DEBIAN); } || \
+		echo "install Debian's packages $(DEBIAN) to test campaigns on servers and pages in a browser" >&2
 
-test-services: $(VENV)/.installed $(VENV)/s3-server/.installed databases ## the tests that start a cluster or another service
+test-services: $(VENV)/.installed $(VENV)/s3-server/.installed debian ## the tests that start a cluster or another service
 	$(BIN)/python -m pytest tests -m services
 
 lint: $(VENV)/.installed ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CODE)
+
+docs: $(VENV)/.installed ## the documentation, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(VENV)/.installed ## let ruff sort imports and lay out the code
 	$(BIN)/ruff check --fix .

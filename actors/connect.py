@@ -18,6 +18,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.settings import Run
 
 from .knock import knock
@@ -139,6 +140,23 @@ def disconnect() -> None:
 
     ray.shutdown()
     end_zygotes()
+
+
+@contextmanager
+def connected(address: str | None, forked: bool = True) -> Iterator[None]:
+    """Holds a connection for all fleets that the block makes, so that a cluster started here ends with it alone.
+
+    Raises UserError if there is no cluster.
+    """
+    try:
+        ours = connect(address, forked)
+    except ConnectionError as error:
+        raise UserError(str(error)) from error
+    try:
+        yield
+    finally:
+        if ours:
+            disconnect()
 
 
 def forked_workers() -> dict[str, str]:

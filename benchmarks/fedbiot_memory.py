@@ -5,8 +5,9 @@
 A Llama of 12 layers and 87M parameters, float32 on one CPU thread, LoRA of rank 8 on q_proj and v_proj as in the paper;
 an edge's round of three steps, each in a process of its own. MiB: the process's high-water mark above its level before
 the model loads, the median of three processes. Expected: parameters that the edge holds over those of the whole model,
-as the table of docs/fedbiot.md has them for LLaMA-2-7B. With a row of 16 tokens weights are nearly all of it; with 4
-rows of 128 activations show, which are kept for the adapter's layers alone. GFLOP and bytes are counted, not measured.
+as the table of docs/methods/fedbiot.md has them for LLaMA-2-7B. With a row of 16 tokens weights are nearly all of it;
+with 4 rows of 128 activations show, which are kept for the adapter's layers alone. GFLOP and bytes are counted, not
+measured.
 """
 
 from __future__ import annotations

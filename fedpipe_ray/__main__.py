@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import commands
 from .arguments import parse
 from .errors import AllEdgesLost, Interrupted, UserError
 from .process import REPOSITORY, clean_up_on_sigterm, close_log, closing, set_up_logging, siblings
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .fleet import Fleet
     from .methods.base import Method
     from .settings import Run
+    from .trackers import Trackers
     from .trial import Executor
 
 ENVIRONMENT = {
@@ -88,6 +90,24 @@ def make_fleet(run: Run, method: Method, private_dir: Path) -> Fleet:
     return SerialFleet(run, method, private_dir.resolve())
 
 
+def make_trackers(run: Run) -> Trackers:
+    """Where a run's figures go beside its folder, not opened yet. Raises UserError if a package is missing."""
+    from actors.metrics import RayMetrics
+
+    from .trackers import Trackers, chosen
+
+    return Trackers([*chosen(run.track), *([RayMetrics()] if run.fleet.ray and run.track.ray_metrics else [])])
+
+
+def one_cluster(run: Run) -> contextlib.AbstractContextManager[None]:
+    """One Ray for all fleets that a command makes, if the run wants it."""
+    if not run.fleet.ray:
+        return contextlib.nullcontext()
+    from actors.connect import connected, without_gpus
+
+    return connected(run.fleet.address, without_gpus(run))
+
+
 def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
     """Ray workers for the trials of a search that starts from `run`, or this process."""
     if run.fleet.ray:
@@ -99,14 +119,14 @@ def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
     return SerialExecutor()
 
 
-def load(config: Path, overrides: Sequence[str]) -> Run:
+def load(config: Path | str, overrides: Sequence[str] = ()) -> Run:
     """The resolved run of a file and its overrides. Raises UserError."""
     from clusters import find_profiles
 
     from .config import load_run
     from .methods import make_method
 
-    run = load_run(config, overrides, find_profiles)
+    run = load_run(Path(config), overrides, find_profiles)
     make_method(run.method)  # its faults before anything is loaded or pretrained
     return run
 
@@ -121,7 +141,7 @@ def command_run(options: argparse.Namespace) -> None:
     from .display import Display
 
     run = load(options.config, options.overrides)
-    place = new_folder(run, options)
+    place, trackers = new_folder(run, options), make_trackers(run)
     display = Display(run.track.display)
     display.note("loading torch and starting Ray" if run.fleet.ray else "loading torch")
     with starting_ray(run):
@@ -135,8 +155,8 @@ def command_run(options: argparse.Namespace) -> None:
     set_up_logging(display, folder.path / "log.txt")
     display.note(f"run folder {folder.name}")
     try:
-        experiment = Experiment(run, method, folder, make_fleet, display)
-        with closing(experiment.fleet):
+        experiment = Experiment(run, method, folder, make_fleet, display, trackers)
+        with closing(experiment.fleet), trackers:
             experiment.begin(training_hash(run))
             summary = go_on(experiment, display)
     except BaseException:
@@ -159,13 +179,13 @@ def command_resume(options: argparse.Namespace) -> None:
         set_up_logging(display, None)
         folder.lock()
         set_up_logging(display, folder.path / "log.txt")
-        point = folder.load_checkpoint()
+        trackers, point = make_trackers(run), folder.load_checkpoint()
         run = extended(run, folder, point)
         for change in environment_changes(folder, run):
             logging.getLogger("fedpipe").warning("the environment changed, bits may differ: %s", change)
         display.note(f"resuming {folder.name} after round {point.start.round}")
-        experiment = Experiment(run, preflight(run), folder, make_fleet, display)
-        with closing(experiment.fleet):
+        experiment = Experiment(run, preflight(run), folder, make_fleet, display, trackers)
+        with closing(experiment.fleet), trackers:
             experiment.resume(point)
             folder.rewrite_config(run)
             summary = go_on(experiment, display)
@@ -173,37 +193,31 @@ def command_resume(options: argparse.Namespace) -> None:
 
 
 def command_evaluate(options: argparse.Namespace) -> None:
-    """Base against tuned, one table."""
-    from .display import Display, comparison
-    from .results import evaluate_adapter, evaluate_run
+    """Base against tuned, one table; or both on public benchmarks."""
+    if options.lm_eval is not None:
+        from .harness import command
 
-    display, path = Display(), Path(options.what)
-    set_up_logging(display, None)
-    if "://" in options.what or (path / "config.yaml").is_file():
-        base, tuned = evaluate_run(options.what, options.overrides, options.data, make_fleet, display)
-    elif (path / "adapter_config.json").is_file():
-        if options.config is None or options.data is None:
-            raise UserError(
-                f"{options.what} is an adapter; say how rows are read and which: --config CONFIG --data SOURCE"
-            )
-        base, tuned = evaluate_adapter(path, load(options.config, options.overrides), options.data, display)
+        command(options)
     else:
-        raise UserError(
-            f"{options.what} is neither a run folder (config.yaml) nor a PEFT adapter (adapter_config.json)"
-        )
-    display.console.print(comparison(base, tuned))
+        from .commands import evaluate
+
+        evaluate(options, load, make_fleet)
 
 
-def command_export(options: argparse.Namespace) -> None:
-    """The adapter of a run, or a merged model."""
-    from .display import Display
-    from .results import export_run
+def command_generate(options: argparse.Namespace) -> None:
+    """What base and tuned model answer to prompts."""
+    from .generate import command
 
-    display = Display()
-    set_up_logging(display, None)
-    clean_up_on_sigterm()
-    what = export_run(options.folder, options.out, options.merge, options.edge)
-    display.note(f"wrote the {what} to {options.out}")
+    command(options)
+
+
+def command_compare(options: argparse.Namespace) -> int:
+    """Several methods, one table."""
+    from clusters import find_profiles
+
+    from .commands import compare
+
+    return compare(options, find_profiles, make_fleet, starting_ray, one_cluster)
 
 
 def command_submit(options: argparse.Namespace) -> int:
@@ -223,13 +237,6 @@ def command_submit(options: argparse.Namespace) -> int:
     command = ["python", "-m", "fedpipe_ray", "run", config.relative_to(REPOSITORY).as_posix(), *options.overrides]
     command += ["--out", options.out] if options.out else []
     return submit(options.address, command, REPOSITORY, options.env)
-
-
-def command_methods(options: argparse.Namespace) -> None:
-    """The methods, a line each; or all about one."""
-    from .methods import details, listing
-
-    print("\n".join(listing() if options.name is None else details(options.name)))
 
 
 def command_check(options: argparse.Namespace) -> None:
@@ -252,6 +259,7 @@ def command_check(options: argparse.Namespace) -> None:
     display = Display()
     set_up_logging(display, None)
     method = preflight(run)
+    make_trackers(run)
     for line in check_data(run, method):
         display.note(line)
     display.note(
@@ -261,20 +269,9 @@ def command_check(options: argparse.Namespace) -> None:
 
 def command_plan(options: argparse.Namespace) -> None:
     """What each edge would be given; trains nothing."""
-    run = load(options.config, options.overrides)
-    from .display import Display, plan_table
-    from .results import plan_run, write_plan
+    from .commands import plan
 
-    display = Display(run.track.display)
-    set_up_logging(display, None)
-    clean_up_on_sigterm()
-    deadline, plans = plan_run(run, make_fleet, display)
-    try:
-        write_plan(options.out, deadline, plans)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: cannot be written: {error.strerror or error}") from None
-    display.console.print(plan_table(deadline, plans))
-    display.note(f"wrote {options.out}")
+    plan(options, load(options.config, options.overrides), make_fleet)
 
 
 def command_allocate(options: argparse.Namespace) -> None:
@@ -328,10 +325,14 @@ COMMANDS = {
     "plan": command_plan,
     "run": command_run,
     "resume": command_resume,
+    "compare": command_compare,
     "evaluate": command_evaluate,
-    "export": command_export,
+    "export": commands.export,
+    "report": commands.report,
+    "watch": commands.watch,
+    "generate": command_generate,
     "submit": command_submit,
-    "methods": command_methods,
+    "methods": commands.methods,
     "check": command_check,
 }
 

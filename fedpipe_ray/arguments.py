@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--config", type=Path, metavar="CONFIG", help="run file that says how rows are read (default: the run's own)"
     )
+    add_benchmarks(evaluate)
 
     export = commands.add_parser("export", help="write the adapter of a run, or with --merge a plain model")
     export.add_argument("folder", metavar="DIR|URL", help="a run folder")
@@ -50,10 +51,22 @@ def parser() -> argparse.ArgumentParser:
 
     export.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
 
+    report = commands.add_parser("report", help="the page of a run, or of several in the same axes; needs no network")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, also s3://..., finished or in progress")
+    report.add_argument("--out", type=on_disk, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    watch = commands.add_parser("watch", help="the page of a run in progress, live in a browser on this machine")
+    watch.add_argument("run", metavar="DIR|URL", help="a run folder; it need not be there yet")
+    watch.add_argument("--port", type=int, metavar="N", help="of 127.0.0.1 (default: 8270, or a free one)")
+
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
+    plan.add_argument(
+        "--shapes", action="store_true", help="from the model's configuration alone: loads no weights, asks no edge"
+    )
     plan.add_argument("--out", type=on_disk, default=Path("plan.json"), metavar="FILE", help="default: plan.json")
 
     add_searches(commands, run_file)
+    add_compare(commands, run_file)
+    add_generate(commands)
 
     submit = commands.add_parser("submit", parents=[run_file], help="run a configuration as a job of a Ray cluster")
     submit.add_argument("--address", metavar="URL", help="the cluster's dashboard (default: RAY_API_SERVER_ADDRESS)")
@@ -107,6 +120,82 @@ def add_searches(commands: Any, run_file: argparse.ArgumentParser) -> None:
     )
     allocate.add_argument("--sampler", default="tpe", help="tpe (default), gp, nsga2, cmaes, qmc, random")
     allocate.add_argument("--out", type=on_disk, metavar="DIR", help="default: runs/allocate-NAME")
+
+
+COMPARE = """\
+Runs several methods on the same fleet, seeds and virtual clock, one after another, each into DIR/METHOD-SEED.
+
+  method=lora,fedpipe             the methods by name
+  method.rank=8                   for every method that has it: rank, alpha, targets, dropout, variant, ranks
+  method.fedpipe.preset=paper     for one method; with `method: [...]` in the file, mappings of a name and its settings
+  method="[lora, {label: small, name: lora, rank: 2}]"    a method more than once, under labels
+  seeds=0,1,2                     as `seeds: [0, 1, 2]` in the file, or --seeds 0,1,2
+
+The same command goes on where it was stopped; methods and seeds may be added.
+"""
+
+
+def add_compare(commands: Any, run_file: argparse.ArgumentParser) -> None:
+    """The command `compare`."""
+    compare = commands.add_parser(
+        "compare", parents=[run_file], help="run several methods with the same fleet, seeds and clock",
+        description=COMPARE, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    compare.add_argument("--seeds", metavar="0,1,2", help="every method runs with each (default: the file's seed)")
+    compare.add_argument("--out", type=on_disk, metavar="DIR", help="default: runs/compare-NAME")
+
+
+def add_generate(commands: Any) -> None:
+    """The command `generate`."""
+    generate = commands.add_parser("generate", help="answers or class probabilities of base and tuned model")
+    generate.add_argument("folder", metavar="DIR|URL", help="a run folder, also of a run in progress")
+    generate.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="fills the run's template; or a JSON object of "
+        "its columns; may be repeated",
+    )  # fmt: skip
+    generate.add_argument("--prompts", type=Path, metavar="FILE", help="one a line, each as --prompt")
+    generate.add_argument("--raw", action="store_true", help="take prompts as they are, without the run's template")
+    generate.add_argument(
+        "--max-new-tokens", type=partial(whole, 1), metavar="N", help="default: the run's evaluate.max_new_tokens"
+    )
+    generate.add_argument(
+        "--temperature", type=not_negative, default=0.0, metavar="T", help="0, the default, takes the likeliest token"
+    )
+    generate.add_argument(
+        "--seed", type=partial(whole, 0), default=0, metavar="N", help="of --temperature (default: 0)"
+    )
+    generate.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
+    generate.add_argument("--json", action="store_true", help="print a JSON list and nothing else")
+
+
+def add_benchmarks(evaluate: argparse.ArgumentParser) -> None:
+    """What `evaluate` takes for public benchmarks."""
+    group = evaluate.add_argument_group("public benchmarks, by lm-evaluation-harness")
+    group.add_argument(
+        "--lm-eval", metavar="TASKS", help="names of tasks or paths of task files, with commas between them"
+    )
+    group.add_argument("--lm-eval-path", type=Path, metavar="DIR", help="a folder with more task files")
+    group.add_argument("--limit", type=partial(whole, 1), metavar="N", help="only so many rows of each task")
+    group.add_argument("--batch-size", type=partial(whole, 1), metavar="N", help="default: the run's evaluate.batch")
+    group.add_argument("--out", type=on_disk, metavar="FILE", help="default: lm_eval.json in the run folder")
+
+
+def whole(least: int, text: str) -> int:
+    """A whole number of at least `least`."""
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least {least}")
+    return int(text)
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of at least 0")
+    return value
 
 
 def quantity(unit: str, text: str) -> float:

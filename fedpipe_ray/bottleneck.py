@@ -25,7 +25,7 @@ from torch import nn
 
 from . import lora
 from .errors import UserError
-from .message import write_atomically
+from .files import write_atomically
 from .model import Base, head_names
 
 if TYPE_CHECKING:

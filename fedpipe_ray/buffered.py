@@ -34,6 +34,7 @@ from .loop import Flight, Round, Start, awaited, measured, optimized, orders_of,
 from .message import Message
 from .methods import declaring
 from .methods.base import Method, unlike
+from .planned import told
 from .randomness import rng_for
 from .report import Lost, Report, dropped
 from .settings import Run
@@ -81,13 +82,15 @@ class Pending:
 
 @dataclass
 class Dispatch:
-    """Asks edges and keeps what they answered until it is due. pending: by edge."""
+    """Asks edges and keeps what they answered until it is due. pending, told, started: by edge, as last asked."""
 
     method: Method
     fleet: Fleet
     server: Site
     seed: int
     pending: dict[str, Pending] = field(default_factory=dict)
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)
+    started: dict[str, float] = field(default_factory=dict)
 
     def answers(self, edges: Sequence[str], base: Message, round: int) -> dict[str, Report | Lost]:
         """What these edges make of the state `base`; each is planned for by itself, so that it can be repeated."""
@@ -96,6 +99,7 @@ class Dispatch:
         for edge in edges:
             rng = rng_for(self.seed, round, "plan")
             orders |= orders_of(self.method.plan(base, {edge: profiles[edge]}, self.server, round, rng))
+        self.told |= told(orders)
         reports = checked(self.fleet.run(orders, round), orders, self.server.run)
         return {report.edge: report for report in reports} if orders else {}
 
@@ -110,6 +114,7 @@ class Dispatch:
     def first(self) -> Pending:
         """The flight that comes first; ties by name."""
         first = min(self.pending.values(), key=lambda one: (one.due_seconds, one.flight.edge))
+        self.started[first.flight.edge] = first.flight.started_seconds
         return self.pending.pop(first.flight.edge)
 
 
@@ -143,6 +148,7 @@ def federate_buffered(
         clock, queue = queued(dispatch, number, clock)
         heard: dict[str, Report | Lost] = {}
         clock = fill(dispatch, queue, heard, Window(state, number, buffer, slots, oldest, clock))
+        started = {edge: dispatch.started[edge] for edge in heard}
         arriving = {edge: heard[edge] for edge in fleet.edges if edge in heard}  # sums run in the fleet's order
         outcomes: dict[str, Report | Lost] = {}
         used = watch(iter(arriving.values()), outcomes)
@@ -156,7 +162,7 @@ def federate_buffered(
         flights = tuple(one.flight for one in dispatch.pending.values())
         yield Round(
             number, state, outcomes, evaluation, combine(evaluation), wall, spent, clock - past, clock, flights,
-            moments=moments,
+            moments=moments, plans=dict(dispatch.told), started=started,
         )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from . import lora
 from .batches import Batch, autocast, sums
 from .costs import ADAM_BYTES, PeakMemory, matmul_parameters, training_flops
 from .data.docstrings import cache_folder
-from .message import write_atomically
+from .files import write_atomically
 from .model import Base, stored_bytes
 from .settings import Local
 from .train import checkpointing

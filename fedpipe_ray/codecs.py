@@ -87,7 +87,7 @@ class Bf16(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Section):
-    """int8 with a scale a block: an entry is off by at most max |x| / 254 of its block."""
+    """int8 with a scale a block: an entry is off by at most max |x| / 254 of its block. block: entries a scale."""
 
     block: int = 256
 
@@ -116,7 +116,10 @@ class Int8(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Nf4(Section):
-    """4 bits, at the quantiles of a normal, with a scale a block: off by at most 0.152 max |x| of it."""
+    """4 bits, at the quantiles of a normal, with a scale a block: off by at most 0.152 max |x| of it.
+
+    block: entries a scale; double: whether the scales are stored in 8 bits.
+    """
 
     block: int = 64
     double: bool = False
@@ -234,7 +237,10 @@ class RandomK(Sparse):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Section):
-    """The product of two thin matrices; vectors, and matrices that would not shrink, travel as they are."""
+    """The product of two thin matrices; vectors, and matrices that would not shrink, travel as they are.
+
+    rank: of it.
+    """
 
     rank: int = 2
 

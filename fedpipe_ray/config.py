@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -20,6 +20,7 @@ from .settings import Data, Profile, Run
 from .traces import with_traces
 
 T = TypeVar("T")
+FindProfiles = Callable[[str, Path], dict[str, Any]]
 
 # Keys that may change between a run and its continuation: they change neither data nor training of a past round.
 FREE_ON_RESUME = ("rounds", "track", "out", "evaluate.keep", "evaluate.patience", "evaluate.target", "fleet.address")
@@ -154,19 +155,23 @@ def _keys_at(cls: object, path: Sequence[str]) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set()
 
 
-def load_run(path: Path, overrides: Sequence[str], find_profiles: Callable[[str, Path], dict[str, Any]]) -> Run:
-    """The resolved, checked run: profiles and their traces inline, one explicit source an edge. Raises UserError.
+def load_run(path: Path, overrides: Sequence[str], find_profiles: FindProfiles) -> Run:
+    """The resolved, checked run: profiles and their traces inline, one explicit source an edge. Raises UserError."""
+    return run_of(apply_overrides(read_yaml(path), overrides), path.parent, find_profiles)
+
+
+def run_of(tree: dict[str, Any], folder: Path, find_profiles: FindProfiles) -> Run:
+    """As `load_run`, of what stands in a run file in `folder`. Raises UserError.
 
     find_profiles(name, folder) reads a profile file named in `fleet.profiles`, beside the run file or in clusters/.
     """
-    tree = apply_overrides(read_yaml(path), overrides)
     fleet = tree.get("fleet")
     if isinstance(fleet, dict) and isinstance(fleet.get("profiles"), str):
-        profiles, own = find_profiles(fleet["profiles"], path.parent), fleet.get("edges") or {}
+        profiles, own = find_profiles(fleet["profiles"], folder), fleet.get("edges") or {}
         if isinstance(own, dict):
-            tree["fleet"] = fleet = {**fleet, "edges": _overlay(profiles, own, fleet["profiles"])}
+            tree = {**tree, "fleet": (fleet := {**fleet, "edges": _overlay(profiles, own, fleet["profiles"])})}
     if isinstance(fleet, dict) and isinstance(fleet.get("edges"), dict):
-        tree["fleet"] = {**fleet, "edges": with_traces(fleet["edges"], path.parent)}
+        tree = {**tree, "fleet": {**fleet, "edges": with_traces(fleet["edges"], folder)}}
     run = build(Run, tree)
     if not run.fleet.edges:
         raise UserError(
@@ -241,3 +246,12 @@ def training_hash(run: Run) -> str:
             node = node[section]
         node.pop(last, None)
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
+    """Dotted keys in which two trees of plain values differ."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            yield from differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+    elif before != after:
+        yield at

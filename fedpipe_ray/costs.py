@@ -45,6 +45,12 @@ class Cost:
     virtual_seconds: float = 0.0
 
 
+def place(tensor: torch.Tensor) -> int:
+    """What tells a tensor's storage from others that are alive: its address; on the meta device its id."""
+    storage = tensor.untyped_storage()
+    return int(storage._cdata if tensor.is_meta else storage.data_ptr())
+
+
 def virtual_seconds(profile: Profile, flops: float, bytes_down: int, bytes_up: int) -> float:
     """Seconds for download, computation and upload on `profile`, one after the other, latency paid each way."""
     transfer = 8 * bytes_down / profile.downlink_bps + 8 * bytes_up / profile.uplink_bps

@@ -21,7 +21,7 @@ import torch
 from . import lora
 from .batches import collate, sums
 from .calibrate import MARGIN, Calibration
-from .costs import ADAM_BYTES, parameters_of
+from .costs import ADAM_BYTES, parameters_of, place
 from .facts import Facts
 from .message import DTYPES
 from .model import head_names, stored_bytes
@@ -80,7 +80,9 @@ def layer_of(name: str) -> int:
 
 
 def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) -> Shape:
-    """The shape of a model. skeleton: it with the adapter of `spec` on the meta device; base: it, loaded in 16 bits."""
+    """The shape of a model. skeleton: it with the adapter of `spec` on the meta device; base: it, loaded in 16 bits, or
+    without weights.
+    """
     keys = keys_of(skeleton, spec)
     before: dict[int, int] = {}
     total, largest, whole = 0, 0, skeleton.get_base_model()
@@ -131,16 +133,19 @@ def base_bytes(model: Any, bits: int, classifier: bool) -> int:
 
 
 def activation_bytes(base: Any, spec: lora.LoraSpec, classifier: bool, tokens: int = 64) -> float:
-    """Bytes a token that a forward pass keeps for the backward one, logits left out: counted, so that it repeats."""
+    """Bytes a token that a forward pass keeps for the backward one, logits left out: counted, so that it repeats.
+
+    A model without weights, on the meta device, gets a row without mask or labels, whose values could not be read.
+    """
     model = lora.attach(base, spec)
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    empty = next(model.parameters()).is_meta
+    own = {place(p) for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
     alive: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if place(tensor) not in own:
+            kept[place(tensor)] = tensor.untyped_storage().nbytes()
             alive.append(tensor)  # or its address could be given to another
         return tensor
 
@@ -150,7 +155,10 @@ def activation_bytes(base: Any, spec: lora.LoraSpec, classifier: bool, tokens: i
     model.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            sums(model, batch, base.device)
+            if empty:
+                model(input_ids=batch.tokens.to("meta"))
+            else:
+                sums(model, batch, base.device)
     finally:
         model.eval()
     return sum(kept.values()) / length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 import time
@@ -42,13 +43,14 @@ class Display:
     def __init__(self, mode: str = "auto") -> None:
         self.console = Console(highlight=False, soft_wrap=mode != "live")
         if mode == "auto":
-            mode = "live" if self.console.is_terminal else "plain"
+            mode = "live" if self.console.is_terminal or widgets(self.console) else "plain"
         self.mode = mode
         self.console.quiet = mode == "none"
         self.console.soft_wrap = mode != "live"
         if not self.console.is_terminal:
             self.console.width = 120  # of tables; rich takes 80 for a pipe
         self.sources: dict[str, str] = {}
+        self._found: list[object] = []
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[info]}"), console=self.console,
@@ -135,7 +137,11 @@ class Display:
         return table
 
     def edges(self, run: Run, ready: Sequence[Ready]) -> None:
-        """What the preflight found, a line an edge."""
+        """What the preflight found, a line an edge; nothing where it found the same before, for another run."""
+        found: list[object] = [(one.edge, one.counts, one.device) for one in ready]
+        if found == self._found:
+            return
+        self._found = found
         table = Table(box=None, pad_edge=False)
         for name in ("edge", "data", "train", "validation", "test", "cut", "dropped", "device"):
             table.add_column(
@@ -187,8 +193,14 @@ class Display:
         )
         if tuned:
             self.note(
-                f"{summary['export'].format(out=out)}\ngo on:    fedpipe resume {out} rounds={2 * summary['rounds']}"
+                f"{summary['export'].format(out=out)}\nreport:   {out}/report.html\n"
+                f"go on:    fedpipe resume {out} rounds={2 * summary['rounds']}"
             )
+
+
+def widgets(console: Console) -> bool:
+    """Whether this is a notebook in which rich can show something that changes."""
+    return console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 def comparison(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> Table:

@@ -16,7 +16,8 @@ class Profile(Section):
     """One edge server: what Ray reserves for it, and what the virtual clock believes of it.
 
     gpus: fraction of one GPU, or a number of GPUs, on which it then trains data-parallel, a process a GPU; workers: so
-    many processes without GPUs. gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host memory Ray
+    many processes without GPUs. cpus: cores that Ray reserves; resources, labels: Ray's own, which a node must have.
+    gpu_memory_bytes: cap of its process on that GPU. memory_bytes: host memory Ray
     reserves. training_memory_bytes: what base model, adapters, optimizer and activations may take together; a round
     that took more is lost. compute_flops: sustained FLOP/s of a training step; uplink_bps, downlink_bps: bits a second;
     latency_seconds: one way; distance_m: to the base station, where a method has a radio channel (null: drawn);
@@ -85,7 +86,8 @@ class FleetSettings(Section):
     is room for, at most `workers` for each kind of edge. min_edges: so many must find room for the run to start
     (default: all); the others take part once a node has room. autoscale: ask the cluster's autoscaler for the nodes
     that are missing, and wait start_timeout_seconds for them. retries: how often in a round an edge is tried again
-    whose worker died.
+    whose worker died; round_timeout_seconds: real ones after which a worker is given up. address: of a cluster (null:
+    RAY_ADDRESS, else Ray on this machine).
 
     fraction: share of the available edges whose reports a round uses. over_select: how many times as many are asked, of
     which the first on the virtual clock are taken. deadline_seconds: reports that come later on that clock are dropped.

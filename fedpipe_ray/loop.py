@@ -7,6 +7,7 @@ import time
 from bisect import insort
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from .fleet import Fleet
 from .held import Held
 from .message import Message
 from .methods.base import Method, shown
+from .planned import told
 from .randomness import rng_for
 from .report import Lost, Report, dropped
 from .server_optimizer import Moments, stepped
@@ -46,7 +48,8 @@ class Round:
     evaluation: of every edge that has validation rows, empty where none was due. wall_seconds leave evaluate_seconds
     out. virtual_seconds: from the end of the round before to the end of this one, clock_seconds: at that end. flights:
     the edges still at work then (fleet.mode: buffered). held: digests of what the edges hold to keep. server_loss: the
-    training loss of the server's own steps. moments: of server.optimizer, after it.
+    training loss of the server's own steps. moments: of server.optimizer, after it. plans: the orders in short;
+    started: when each edge was asked, on the virtual clock.
     """
 
     number: int
@@ -62,6 +65,8 @@ class Round:
     held: Mapping[str, frozenset[str]] = field(default_factory=dict)
     server_loss: float = math.nan
     moments: Moments = field(default_factory=dict)
+    plans: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    started: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def reports(self) -> list[Report]:
@@ -189,6 +194,7 @@ def federate(
         closed = closing(outcomes, used, deadline) + server.cost.virtual_seconds  # 0 unless a method puts it there
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
         state, moments = optimized(method, server, before, state, moments, outcomes)
+        plans = told(orders)
         del before, planned, orders, reports, arriving
         wall = time.perf_counter() - began
         evaluation = measured(fleet, shown(method, state, server), number + 1, rounds, evaluate_every)
@@ -198,7 +204,7 @@ def federate(
         quality = combine(evaluation)
         yield Round(
             number, state, outcomes, evaluation, quality, wall, spent, seconds, clock, held=held.edges,
-            server_loss=server.train_loss, moments=moments,
+            server_loss=server.train_loss, moments=moments, plans=plans, started=dict.fromkeys(outcomes, opened),
         )  # fmt: skip
 
 

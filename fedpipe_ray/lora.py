@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 
 from .errors import UserError
-from .message import write_atomically
+from .files import write_atomically
 from .model import Base, head_names
 
 TASKS = {"causal": "CAUSAL_LM", "classification": "SEQ_CLS"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+
+from .files import write_atomically
 
 # Tensors rebuilt from a shared-memory buffer are read-only views; every user of a Message copies before it writes.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -117,20 +118,6 @@ class Message:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         about = json.loads(header.get("__metadata__", {}).get("message", "{}"))
         return cls({name: tensors[name] for name in about.get("names", tensors)}, about.get("numbers", {}))
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replaces `path` by `content` so that a reader, a crash or a full disk never sees half of it. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, str, list[int]]]:

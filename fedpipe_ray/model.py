@@ -29,6 +29,7 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from .costs import place
 from .errors import UserError
 from .message import DTYPES, Message
 from .packed import digest, packed, source_of
@@ -209,8 +210,7 @@ def stored_bytes(model: Any) -> int:
 
     def count(tensor: Any) -> None:
         if isinstance(tensor, torch.Tensor):
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+            sizes[place(tensor)] = tensor.untyped_storage().nbytes()
 
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):

@@ -8,7 +8,9 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from .errors import Interrupted, UserError
@@ -17,12 +19,12 @@ if TYPE_CHECKING:
     from .display import Display
     from .fleet import Fleet
 
+log = logging.getLogger("fedpipe")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def close_log() -> None:
     """Ends this command's log handlers; a program that calls `main` keeps none of them."""
-    log = logging.getLogger("fedpipe")
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
@@ -31,7 +33,6 @@ def close_log() -> None:
 def set_up_logging(display: Display, file: Path | None) -> None:
     """Warnings of the run go to the screen, everything to the run's log."""
     close_log()
-    log = logging.getLogger("fedpipe")
     log.setLevel(logging.DEBUG)
     log.addHandler(display.handler())
     if file is not None:
@@ -67,3 +68,25 @@ def siblings() -> None:
             raise UserError(
                 f"package {name!r} comes from {place}, not from {REPOSITORY}; remove that one from the path"
             )
+
+
+@contextlib.contextmanager
+def stop_after_round() -> Iterator[list[int]]:
+    """Collects the first SIGINT or SIGTERM, which asks for a stop after the round; the second one stops at once."""
+    asked: list[int] = []
+
+    def handle(signum: int, _: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+        log.warning("stopping after this round; once more stops at once")
+
+    try:
+        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: the caller owns the signals
+        before = {}
+    try:
+        yield asked
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

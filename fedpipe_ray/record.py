@@ -19,9 +19,10 @@ from typing import IO, Any
 from .buffered import flights_loaded, flights_saved
 from .config import load_run, to_yaml, training_hash
 from .errors import UserError
+from .files import read_lines, write_atomically
 from .held import grouped, ungrouped
 from .loop import Round, Start
-from .message import Message, write_atomically
+from .message import Message
 from .remote import RemoteFolder, is_url, local
 from .report import Lost
 from .server_optimizer import apart, together
@@ -149,14 +150,8 @@ class RunFolder:
             file.write(json.dumps(finite(record)) + "\n")
 
     def rounds(self) -> list[dict[str, Any]]:
-        """The lines of rounds.jsonl; a torn last line is left out."""
-        path, records = self.path / "rounds.jsonl", []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return records
+        """The lines of rounds.jsonl."""
+        return read_lines(self.path / "rounds.jsonl")
 
     def rewind(self, rounds: int) -> None:
         """Drops the lines of rounds after the first `rounds`, which will be run again."""
@@ -191,7 +186,7 @@ class RunFolder:
             shutil.rmtree(parent / old) if (parent / old).is_dir() else (parent / old).unlink()
         if self.remote is not None:
             self.remote.warn_of_private(point.start.private)
-            self.remote.publish(outdated)
+            self.publish()
 
     def save_best(self, state: Message, round: int) -> dict[str, Any]:
         """Writes the best state so far; returns what the manifest remembers of it."""
@@ -244,6 +239,10 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json; under a URL, the adapter first."""
         write_atomically(self.path / "summary.json", dumps(summary))
+        self.publish()
+
+    def publish(self) -> None:
+        """Under a URL, writes there what has changed here. Raises UserError if it cannot."""
         if self.remote is not None:
             self.remote.publish(outdated)
 
@@ -279,7 +278,7 @@ def round_record(done: Round) -> dict[str, Any]:
             "samples": cost.samples, "steps": cost.steps, "tokens": cost.tokens, "flops": cost.flops,
             "seconds": cost.seconds, "step_seconds": cost.step_seconds, "virtual_seconds": cost.virtual_seconds,
             "peak_memory_bytes": cost.peak_memory_bytes, "training_memory_bytes": cost.training_memory_bytes,
-            "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down,
+            "bytes_up": cost.bytes_up, "bytes_down": cost.bytes_down, "started_seconds": done.started.get(name),
         }  # fmt: skip
     awaited = [one for one in done.outcomes.values() if not (isinstance(one, Lost) and one.status == "late")]
     slowest = max(awaited, key=lambda outcome: outcome.cost.virtual_seconds, default=None)

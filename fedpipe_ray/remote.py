@@ -84,6 +84,15 @@ class RemoteFolder:
         names = [info.path[len(self.prefix) + 1 :] for info in infos if info.type == pa.fs.FileType.File]
         return sorted(name for name in names if name != OWNER)
 
+    def states(self, names: Iterable[str]) -> list[tuple[str, int, int]]:
+        """(name, bytes, nanoseconds of the last change) of those files that are there. Raises UserError."""
+        try:
+            infos = self.filesystem.get_file_info([f"{self.prefix}/{name}" for name in names])
+        except FAULTS as error:
+            raise UserError(f"{self.url}: cannot be read: {first_line(error)}; {REMEDY}") from None
+        there = [info for info in infos if info.type == pa.fs.FileType.File]
+        return [(PurePosixPath(info.path).name, info.size, info.mtime_ns or 0) for info in there]
+
     def checkpoints(self) -> list[str]:
         """Names of the checkpoints that are whole."""
         parts = [PurePosixPath(name).parts for name in self.names()]
@@ -191,7 +200,7 @@ class RemoteFolder:
             except (*FAULTS, UserError) as error:
                 log.warning("the end of the log is not in %s: %s", self.url, first_line(error))
         self._owned = False
-        if self._broken:
+        if self._broken or self.here == Path():  # nothing was brought here, and this is the current folder
             return
         if (self.here / "private").exists():
             log.warning("private state of edges is kept in %s; `fedpipe resume` finds it there", self.here / "private")

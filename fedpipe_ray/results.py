@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,15 +21,16 @@ from .data import inspect, open_data
 from .display import Display
 from .errors import EdgeError, UserError
 from .evaluate import Metrics, combine, evaluate, generate
+from .files import write_atomically
 from .fleet import Fleet, classes_of
-from .message import Message, write_atomically
+from .message import Message
 from .methods.base import Method
-from .model import Base
+from .model import Base, empty_model, load_tokenizer, pick_device, pick_dtype
 from .planning import EdgePlan
 from .record import RunFolder
 from .run import Experiment, MakeFleet, preflight, server_site
 from .settings import Data, Run
-from .site import Site
+from .site import SERVER, Site
 from .views import edge_site, first_view, is_personal, views_of
 
 T = TypeVar("T")
@@ -165,15 +167,34 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def plan_run(run: Run, make_fleet: MakeFleet, display: Display) -> tuple[float, dict[str, EdgePlan]]:
-    """(deadline, plan of every edge) of the run's method, from what the edges tell; no training. Raises UserError."""
+def plan_run(
+    run: Run, make_fleet: MakeFleet, display: Display, shapes: bool = False
+) -> tuple[float, dict[str, EdgePlan]]:
+    """(deadline, plan of every edge) of the run's method, from what the edges tell; no training. Raises UserError.
+
+    shapes: from configuration and tokenizer of the model alone, as if every row had the greatest length and all weights
+    were alike.
+    """
     method = preflight(run)
     survey = getattr(method, "survey", None)
     if survey is None:
         raise UserError(f"method.name: {run.method['name']} gives every edge the same; fedpipe is the one that plans")
     found: tuple[float, dict[str, EdgePlan]]
+    if shapes:
+        if run.local.epochs is not None:
+            raise UserError("local.epochs: how many rows an edge has is not known without asking it; give local.steps")
+        planner: Any = method
+        found = planner.configure(Message({}), run.fleet.edges, Site(SERVER, run, method, partial(frame_of, run)))
+        return found
     found, _ = asked_of_edges(run, method, make_fleet, display, survey)
     return found
+
+
+def frame_of(run: Run, classes: Sequence[str], bits: int) -> Base:
+    """The run's model without weights, in the dtype in which they would be loaded."""
+    device = pick_device(run.model.device)
+    model = empty_model(run.model, run.data.task, classes)
+    return Base(model.to(pick_dtype(run.model.dtype, device)), load_tokenizer(run.model), device)
 
 
 def asked_of_edges(

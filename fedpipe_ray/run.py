@@ -6,16 +6,13 @@ import dataclasses
 import json
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from .buffered import check_buffered, federate_buffered
 from .codecs import make_codec
-from .config import FREE_ON_RESUME, training_hash
+from .config import FREE_ON_RESUME, differences, training_hash
 from .display import Display
 from .encoding import check_codec
 from .errors import AllEdgesLost, EdgeError, Interrupted, UserError
@@ -26,13 +23,16 @@ from .message import Message
 from .methods import make_method
 from .methods.base import Method, shown
 from .model import Base
+from .planned import Plans
 from .pretrain import builtin_model
+from .process import stop_after_round
 from .randomness import rng_for
 from .record import Checkpoint, RunFolder, round_record
 from .report import Lost, Report
 from .server_checks import check_server
 from .settings import Run
 from .site import SERVER, Ready, Site
+from .trackers import Trackers
 from .views import PERSONAL_HINT, check_personal, first_view, is_personal
 
 log = logging.getLogger("fedpipe")
@@ -93,16 +93,22 @@ def pretrain(run: Run, display: Display) -> None:
 class Experiment:
     """A run in its folder. `begin` or `resume`, then `finish`; every completed round is on disk before the next.
 
-    Pretrains the built-in model if it is not in the cache, before the fleet takes its share of the machine.
+    Pretrains the built-in model if it is not in the cache, before the fleet takes its share of the machine. trackers:
+    not started yet; who made them closes them.
     """
 
-    def __init__(self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display) -> None:
+    def __init__(
+        self, run: Run, method: Method, folder: RunFolder, make_fleet: MakeFleet, display: Display,
+        trackers: Trackers | None = None,
+    ) -> None:  # fmt: skip
         self.run, self.method, self.folder, self.display = run, method, folder, display
         if method.base != "none":
             pretrain(run, display)
         display.note("starting the edge servers" + (" on Ray" if run.fleet.ray else " in this process"))
         self.fleet = make_fleet(run, self.method, folder.path / "private")
         self.point = Checkpoint(Start(Message()), "", {})
+        self.plans = Plans(folder.path)
+        self.trackers = trackers or Trackers()
         self.server = server_site(run, self.method, [])
 
     def open(self) -> list[Ready]:
@@ -128,6 +134,7 @@ class Experiment:
             with self.display.watching(self.fleet, "evaluating the base model"):
                 self.point.base = self.measure(None)
             self.display.base(self.point.base["global"])
+        self.track()
         self.folder.save_checkpoint(self.point)
 
     def resume(self, point: Checkpoint) -> None:
@@ -140,9 +147,15 @@ class Experiment:
                 f"the data of edge {', '.join(changed)} changed since the checkpoint; bring it back, or start a new run"
             )
         self.folder.rewind(point.start.round)
+        self.plans.rewind(point.start.round)
         (self.folder.path / "summary.json").unlink(missing_ok=True)  # of the shorter run
         self.restore(point.start)
         self.point = point
+        self.track()
+
+    def track(self) -> None:
+        """Opens the trackers and brings them up to this checkpoint."""
+        self.trackers.start(self.run, self.folder.path, self.point.base, self.folder.rounds())
 
     def restore(self, start: Start) -> None:
         """Private states as they were: of an edge still at work, before the round in which it was asked."""
@@ -202,9 +215,11 @@ class Experiment:
         return rounds_of(self.run, self.method, self.fleet, self.server, self.point.start)
 
     def keep(self, done: Round) -> None:
-        """Records a round: rounds.jsonl, then the checkpoint, then the screen."""
+        """Records a round: rounds.jsonl and the trackers, then the checkpoint, then the screen."""
         record = round_record(done)
         self.folder.append(record)
+        self.plans.append(record["round"], done.plans, done.state.numbers)
+        self.trackers.round(record)
         point = self.point
         for key in point.totals:
             point.totals[key] += record[key]
@@ -238,7 +253,11 @@ class Experiment:
             "tuned": tuned,
             "totals": self.point.totals,
         }
+        self.trackers.finish(summary)
         self.folder.write_summary(summary)
+        from .page.report import add_report  # plotly, which is wanted only now
+
+        add_report(self.folder)
         return {**summary, "export": hint}
 
 
@@ -299,7 +318,7 @@ def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:
             "bring it back, or start a new run"
         )
     if training_hash(run) != training_hash(before):
-        keys = _differences(dataclasses.asdict(before), dataclasses.asdict(run))
+        keys = differences(dataclasses.asdict(before), dataclasses.asdict(run))
         changed = ", ".join(sorted(key for key in keys if not f"{key}.".startswith(FREE)))
         raise UserError(
             f"resume cannot change {changed}; free keys are {', '.join(FREE_ON_RESUME)}; for others start a new run"
@@ -314,33 +333,3 @@ def extended(run: Run, folder: RunFolder, point: Checkpoint) -> Run:
 
 
 FREE = tuple(f"{key}." for key in FREE_ON_RESUME)
-
-
-def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted(before.keys() | after.keys()):
-            yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
-    elif before != after:
-        yield at
-
-
-@contextmanager
-def stop_after_round() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM, which asks for a stop after the round; the second one stops at once."""
-    asked: list[int] = []
-
-    def handle(signum: int, _: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signum)
-        log.warning("stopping after this round; once more stops at once")
-
-    try:
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread: the caller owns the signals
-        before = {}
-    try:
-        yield asked
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from .fleet_settings import FleetSettings, Profile
 from .section import Section, require
@@ -20,10 +21,11 @@ class Model(Section):
     """Which pretrained model, and how it reaches an edge.
 
     name: `builtin:tiny-llama`, `builtin:deep-llama`, a Hugging Face id, a local folder, or `package:NAME/FOLDER`, a
-    folder in an installed Python package. load: `node` = every edge loads `name` itself
-    (a path on its node, or the hub); `driver` = the driver loads it and ships weights and tokenizer through the object
-    store; `auto` = driver for builtin models, node for others. dtype: of the frozen weights; `auto` = float32 on CPU,
-    the checkpoint's own on GPU.
+    folder in an installed Python package. revision: of a model of the hub. load: `node` = every edge loads `name`
+    itself (a path on its node, or the hub); `driver` = the driver loads it and ships weights and tokenizer through the
+    object store; `auto` = driver for builtin models, node for others. dtype: of the frozen weights; `auto` = float32 on
+    CPU, the checkpoint's own on GPU. device: of torch, such as `cpu` or `cuda`; `auto` = the GPU an edge was given.
+    trust_remote_code: whether code from the model's repository may run.
     """
 
     name: str = "builtin:tiny-llama"
@@ -67,11 +69,12 @@ class Data(Section):
     """Private text of an edge (or the server's public text), and how a row becomes a training example.
 
     source: `builtin:docstrings`, a path, folder or glob of JSONL, CSV or Parquet files, a URL that pyarrow knows
-    (s3://, gs://), or `hf:NAME`; `{edge}` in it is replaced by the edge's name. prompt, response: templates with
-    `{column}` fields; the causal loss counts response tokens only. messages: a column of chat messages, rendered by the
-    tokenizer's chat template. text: template of the input of a classifier; label: the column with its class; labels:
-    the class names in order (found in the data if empty). validation, test: a share of the rows, chosen by a hash of
-    the prompt, or a path of their own. limit: at most so many rows are read.
+    (s3://, gs://), or `hf:NAME`; `{edge}` in it is replaced by the edge's name. format: of the files; `auto` goes by
+    their endings. task: language modelling, or classes. prompt, response: templates with `{column}` fields; the causal
+    loss counts response tokens only. messages: a column of chat messages, rendered by the tokenizer's chat template.
+    text: template of the input of a classifier; label: the column with its class; labels: the class names in order
+    (found in the data if empty). max_length: tokens of a row, beyond which it is cut. validation, test: a share of the
+    rows, chosen by a hash of the prompt, or a path of their own. limit: at most so many rows are read.
     """
 
     source: str = "builtin:docstrings"
@@ -126,7 +129,8 @@ class Local(Section):
 
     batch: rows an optimizer step, split into `accumulate` parts. lr follows `schedule` over all rounds: warmup_steps
     up, then constant, linear or cosine down to lr_floor x lr. optimizer: AdamW, or plain SGD without momentum; clip: of
-    the gradient's L2 norm. precision: autocast; `auto` = bfloat16 on GPUs with it.
+    the gradient's L2 norm; weight_decay: of AdamW; checkpointing: recompute activations instead of keeping them.
+    precision: autocast; `auto` = bfloat16 on GPUs with it.
     threads: of torch, on every fleet; another count gives other bits.
     """
 
@@ -213,7 +217,8 @@ class Evaluate(Section):
 
     every: rounds between evaluations (0: never); rows: at most so many an edge; generate: so many test rows an edge are
     also answered in free text (ROUGE-L, exact match). keep: which round's adapter is exported. patience: stop after so
-    many evaluations without a better validation loss; target: stop when it is reached.
+    many evaluations without a better validation loss; target: stop when it is reached. batch: rows at a time;
+    max_new_tokens: of an answer; answer: what of it is compared, all text or the number that GSM8K's answers end in.
     """
 
     every: int = 1
@@ -238,14 +243,44 @@ class Evaluate(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Track(Section):
-    """What the terminal shows: a live table, a plain line a round, or nothing; `auto` asks the terminal."""
+    """What the terminal shows: a live table, a plain line a round, or nothing; `auto` asks the terminal. And where else
+    the figures of a run go (docs/tracking.md).
+
+    tensorboard: event files in the run folder; null = where tensorboardX is installed. mlflow: the URI of a tracking
+    store, such as sqlite:///mlflow.db or a server's URL; null = none. wandb: `offline` = Weights & Biases files in the
+    run folder, `online` = they are sent as well; null = none. project: MLflow's experiment, W&B's project.
+    ray_metrics: on Ray, metrics that its agents export for Prometheus (docs/monitoring.md).
+    """
 
     display: Literal["auto", "live", "plain", "none"] = "auto"
+    tensorboard: bool | None = None
+    mlflow: str | None = None
+    wandb: Literal["offline", "online"] | None = None
+    project: str = "fedpipe"
+    ray_metrics: bool = True
+
+    def __post_init__(self) -> None:
+        uri = self.mlflow
+        require(
+            uri is None or "databricks" in uri or ("://" in uri and not uri.startswith("file:")),
+            f"track.mlflow: {uri!r} is no tracking URI; give a database, such as sqlite:///mlflow.db, or a server, "
+            "such as http://localhost:5000",
+        )
+        require(
+            uri is None or urlsplit(uri).password is None,
+            "track.mlflow: it must hold no password, for it is written to config.yaml; give that in the environment, "
+            "as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD for a server, PGPASSWORD for PostgreSQL",
+        )
+        require(bool(self.project), "track.project: needs a name")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run(Section):
-    """A whole run file. out: the run folder (default: runs/<name of the file>-<date and time>)."""
+    """A whole run file.
+
+    seed: of all that is drawn; rounds: of the federation; method: its name and settings; out: the run folder (default:
+    runs/<name of the file>-<date and time>).
+    """
 
     seed: int = 0
     rounds: int = 6

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import lora
-from .message import write_atomically
+from .files import write_atomically
 from .model import Base
 
 if TYPE_CHECKING:

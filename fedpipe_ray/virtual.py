@@ -22,7 +22,7 @@ from safetensors.torch import save
 from . import lora
 from .costs import matmul_parameters
 from .errors import UserError
-from .message import write_atomically
+from .files import write_atomically
 from .model import Base, load_config
 
 if TYPE_CHECKING:

@@ -105,6 +105,7 @@ def test_what_is_given_is_what_is_planned() -> None:
         Allocation(8, 2, {"q": 3})
 
 
+@pytest.mark.services
 def test_from_a_run_file_to_a_run(run_file: Path, tmp_path: Path) -> None:
     """Searched, two of the front measured, and the chosen one run: every edge does what it was given."""
     out = tmp_path / "out"

@@ -66,6 +66,7 @@ def test_a_sampler_that_goes_on_does_not_begin_again() -> None:
     assert len(set(draws.values())) == 3
 
 
+@pytest.mark.services
 def test_kill_minus_nine_and_go_on(run_file: Path, tmp_path: Path) -> None:
     """A driver in a process of its own, killed while it trains; then the same command."""
     out, path = tmp_path / "out", campaign(run_file, trials=6, pruner="none", set={"rounds": 3})

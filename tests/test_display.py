@@ -116,10 +116,11 @@ def test_the_end_shows_every_figure_and_the_next_step(capsys: pytest.CaptureFixt
         assert text.count(f"{before} ->") >= 3
         assert text.count(after) >= 3
     assert "…" not in text
-    assert shown[-4:] == [
+    assert shown[-5:] == [
         "finished after 6 rounds: 61 s (1234 s virtual), up 5.0 MB, down 6.0 MB",
         'adapter:  runs/x/adapter   (peft.PeftModel.from_pretrained(base, "runs/x/adapter"))',
         "merge:    fedpipe export runs/x --out MODEL --merge",
+        "report:   runs/x/report.html",
         "go on:    fedpipe resume runs/x rounds=12",
     ]
 

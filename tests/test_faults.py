@@ -154,6 +154,7 @@ def two_edges(**keys: object) -> str:
     return f"fleet={{ray: true{more}, edges: {{a: {{cpus: 0.1}}, b: {{cpus: 0.1}}}}}}"
 
 
+@pytest.mark.services
 def test_without_another_try_a_kill_costs_its_edge_one_round(ray_here: None, run_file: Path, tmp_path: Path) -> None:
     """The worker is replaced, and takes up the private state that the edge had before that round."""
     out, serial = tmp_path / "out", tmp_path / "serial"
@@ -168,6 +169,7 @@ def test_without_another_try_a_kill_costs_its_edge_one_round(ray_here: None, run
     assert [one["train_loss"] for one in records(out)] == [one["train_loss"] for one in records(serial)]
 
 
+@pytest.mark.services
 def test_an_edge_that_hangs_is_given_up_and_comes_back(ray_here: None, run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     fleet = two_edges(round_timeout_seconds=15, retries=3)

@@ -241,6 +241,7 @@ def test_the_edges_together_ask_for_more(ray_here: None, run_file: Path, tmp_pat
     assert_refused(capsys, "run", run_file, "fleet.ray=true", *each, says=says, out=tmp_path / "out")
 
 
+@pytest.mark.services
 def test_an_exception_on_a_ray_actor(
     ray_here: None, run_file: Path, data_dir: Path, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -16,7 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpipe_ray.message import DTYPES, Message, write_atomically
+from fedpipe_ray.files import write_atomically
+from fedpipe_ray.message import DTYPES, Message
 
 KINDS = [
     torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,

@@ -118,6 +118,7 @@ def edges(**workers: int) -> str:
     return f"fleet.edges={{{', '.join(profiles)}}}"
 
 
+@pytest.mark.services
 def test_a_parallel_edge_learns_as_one_process(run_file: Path, ray_here: None) -> None:
     alone, pair = (rounds_of(run_file, edges(a=n), "model.load=driver") for n in (1, 2))
     assert len(pair) == len(alone) == 2
@@ -133,6 +134,7 @@ def test_a_parallel_edge_learns_as_one_process(run_file: Path, ray_here: None) -
     assert max(moved) > 1e-3
 
 
+@pytest.mark.services
 def test_a_process_that_is_killed_costs_a_round_at_most(run_file: Path, ray_here: None, tmp_path: Path) -> None:
     """Edge a's second process dies in round 2 of 4: a group that takes its place does the rounds that follow."""
     method = f"method={{name: 'own_methods:Mortal', rank: 4, alpha: 8, killed: '{tmp_path / 'killed'}'}}"

@@ -76,6 +76,7 @@ def test_serial_and_ray_agree_bitwise(
         assert_alike(serial, rounds_of(kind, run_file, *overrides))
 
 
+@pytest.mark.services
 def test_edges_with_an_emulator_agree_bitwise(
     run_file: Path, ray_here: None, deep_dir: Path, public_file: Path
 ) -> None:

@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from fedpipe_ray import remote
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.page.watch import Watched
 from fedpipe_ray.record import outdated
 from fedpipe_ray.remote import RemoteFolder, is_url, local
 
@@ -65,10 +66,12 @@ def test_a_head_that_dies_loses_nothing(
     url, checkpoint = store.url("first"), "checkpoint/round-000{}/{}"
     started.run(tiny, "--out", url, TMPDIR=str(disk))
     started.kill()
-    assert store.names("first") == [
+    names = store.names("first")
+    assert len([name for name in names if name.startswith("tensorboard/events")]) == 1
+    assert [name for name in names if not name.startswith("tensorboard/")] == [
         ".owner",
         *(checkpoint.format(n, file) for n in (2, 3) for file in ("manifest.json", "state.safetensors")),
-        *("config.yaml", "environment.json", "log.txt", "rounds.jsonl"),
+        *("config.yaml", "environment.json", "log.txt", "plans.jsonl", "rounds.jsonl", "trackers.json"),
     ]
     shutil.rmtree(disk)
     disk.mkdir()
@@ -154,8 +157,9 @@ def test_private_state_is_found_again_in_its_own_place(
 
 @pytest.mark.services
 def test_what_is_done_with_a_run_afterwards(
-    tiny: Path, whole: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tiny: Path, whole: Path, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     url = store.url("after")
     assert here("run", tiny, "rounds=2", "evaluate.keep=best", "--out", url) == 0
     result = store.download("after", tmp_path / "result")
@@ -167,7 +171,13 @@ def test_what_is_done_with_a_run_afterwards(
     table = capsys.readouterr().out
     assert here("evaluate", result) == 0
     assert capsys.readouterr().out == table
+    assert here("report", url, "--out", tmp_path / "page.html") == 0
+    assert "2 of 2 rounds, finished" in (tmp_path / "page.html").read_text()
+    watched = Watched(url)
+    assert watched.look()
+    assert (watched.status, watched.look()) == ("round 2 of 2, finished", False)
     names = store.names("after")
+    assert "report.html" in names
 
     assert here("run", tiny, "--out", url) == 2
     assert f"{url} holds another run; `fedpipe resume {url}`" in capsys.readouterr().err
@@ -176,6 +186,11 @@ def test_what_is_done_with_a_run_afterwards(
     assert "is not empty (notes.txt)" in capsys.readouterr().err
     assert here("resume", store.url("other")) == 2
     assert "it has no config.yaml" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")  # nothing is brought here, and so nothing is removed
+    assert here("report", store.url("other")) == 2
+    assert "it has no config.yaml" in capsys.readouterr().err
+    assert (tmp_path / "mine").is_dir()
     assert here("run", tiny, "--out", "s3://no-such-bucket/first") == 2
     assert "cannot write to s3://no-such-bucket/first: " in capsys.readouterr().err
     assert store.names("after") == names

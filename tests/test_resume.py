@@ -232,6 +232,7 @@ def test_best_round_is_kept_and_runs_stop_early(tiny: Path, tmp_path: Path, caps
     assert_same(tensors(tired), tensors(kept))
 
 
+@pytest.mark.services
 def test_ray_run_killed_and_resumed(
     tiny: Path, whole: Path, tmp_path: Path, ray_folder: Path, started: Started
 ) -> None:

@@ -18,7 +18,8 @@ from fedpipe_ray.config import to_yaml
 from fedpipe_ray.display import Display, megabytes, number
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import facts_of
-from fedpipe_ray.message import DTYPES, write_atomically
+from fedpipe_ray.files import write_atomically
+from fedpipe_ray.message import DTYPES
 from fedpipe_ray.methods.fedpipe import FedPipe
 from fedpipe_ray.record import RunFolder
 from fedpipe_ray.results import asked_of_edges

@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fedpipe_ray.config import to_yaml
 from fedpipe_ray.errors import UserError
-from fedpipe_ray.message import write_atomically
+from fedpipe_ray.files import write_atomically
 from fedpipe_ray.trial import Event, Executor, Record
 
 from .metrics import metric, worst_of

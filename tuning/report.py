@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 from optuna import visualization as plots
 
-from fedpipe_ray.message import write_atomically
+from fedpipe_ray.files import write_atomically
 
 log = logging.getLogger("fedpipe")
 

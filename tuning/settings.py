@@ -38,10 +38,11 @@ class Campaign(Section):
     -> {low, high, step or log} or a list of choices. objectives: name -> minimize, maximize, or the keys of an
     Objective; the name is the metric unless those say another. constraints: metric -> at most, or {at_least: value}.
 
-    pruner: by default `hyperband` where there is one objective, and none where there are several. parallel: trials at
-    once; fleet: `shared` = each in one warm worker that plays all edges, `own` = each with Ray actors for its edges.
-    retries: how often a trial is tried again whose worker died. enqueue: points to try first; keys left out are drawn.
-    storage: URL of a PostgreSQL or MySQL database (default: a journal file in the campaign's folder).
+    sampler, seed: Optuna's. pruner: by default `hyperband` where there is one objective, and none where there are
+    several. parallel: trials at once; fleet: `shared` = each in one warm worker that plays all edges, `own` = each with
+    Ray actors for its edges. retries: how often a trial is tried again whose worker died. enqueue: points to try first;
+    keys left out are drawn. storage: URL of a PostgreSQL or MySQL database (default: a journal file in the campaign's
+    folder).
     """
 
     run: str

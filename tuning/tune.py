@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 
 from fedpipe_ray.display import Display
-from fedpipe_ray.errors import UserError
+from fedpipe_ray.files import locked
 from fedpipe_ray.trial import Executor
 
 from .campaign import Driver, results
@@ -20,24 +19,6 @@ from .plan import Plan
 from .report import write_report
 from .study import close_storage, enqueue, hidden, open_storage, open_study, pruner_of, sampler_of
 from .watch import Watch, counts_in_words
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other drivers out of a campaign's folder, which is made. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; give another folder with --out") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by a campaign in progress; wait for it, or give another --out"
-            ) from None
-        yield
 
 
 def study_of(plan: Plan, folder: Path) -> optuna.Study:
@@ -59,7 +40,9 @@ def study_of(plan: Plan, folder: Path) -> optuna.Study:
 
 def carry_out(plan: Plan, folder: Path, make_executor: Callable[[], Executor], display: Display) -> optuna.Study:
     """Runs what is left of a campaign and writes its results. Raises UserError, also where no trial is feasible."""
-    with locked(folder), ExitStack() as stack:
+    if (track := plan.base.track).tensorboard or track.mlflow or track.wandb:
+        display.note("track: trials go to no tracker; run the best one, best.yaml, to see its rounds there")
+    with locked(folder, "a campaign"), ExitStack() as stack:
         study = study_of(plan, folder)
         stack.callback(close_storage, study)
         enqueue(study, plan.space, plan.settings.enqueue)  # its faults before a worker starts

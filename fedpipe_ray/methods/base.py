@@ -239,9 +239,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
 class LoraMethod(Section):
     """Federated training of one LoRA adapter of the same shape on every edge.
 
-    rank, alpha: scale alpha / rank; targets: module names, or `all-linear`; dropout: on the adapter's input. The state
-    is the adapter. Subclasses say how updates are aggregated; one that has other variants than plain LoRA has a field
-    `variant` with those of lora.Variant that its mathematics allows.
+    The state is the adapter. Subclasses say how updates are aggregated; one that has other variants than plain LoRA has
+    a field `variant` with those of lora.Variant that its mathematics allows.
+
+    rank, alpha: scale alpha / rank; targets: module names, or `all-linear`; dropout: on the adapter's input.
     """
 
     rank: int = 8

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fedpipe")
 
 CLIP = 1000.0  # E7
-# What a matrix product does in the time of one normal: about 200 to make it, 370 with the addition (docs/fedkseed.md).
+# What a matrix product does in the time of one normal: about 200 to make it, 370 with the addition
+# (docs/methods/fedkseed.md).
 NOISE_FLOPS = 300
 
 

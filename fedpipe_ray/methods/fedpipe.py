@@ -59,12 +59,13 @@ class FedPipe(LoraMethod):
     """FedPipe: weights by importance; rank, batch, bits and steps by what each edge can afford.
 
     rank, alpha: of the global adapter; the scale alpha / rank is every edge's. targets: the candidates (null: all
-    linear weights; attention alone with `preset: paper`). score, tie, solver, steps, weigh: null = the preset's. scope:
-    each edge by its own scores, or by the fleet's. refresh_every: rounds between scorings. bits: what an edge may use.
-    deadline_seconds: of a round on fleet.clock (null: searched). communication: share of it that the upload may
-    take. penalty: lambda, of the under-training rate. step_ratio: most steps of an edge over the fewest, and over those
-    that local.steps plans. depth: whether a slow edge may adapt its top layers alone. join: stack, or the baselines
-    truncate, pad and increment. plans: by edge what `fedpipe allocate` found, in place of a solver.
+    linear weights; attention alone with `preset: paper`). preset: what measured better, or our reading of the paper.
+    score, tie, solver, steps, weigh: null = the preset's. scope: each edge by its own scores, or by the fleet's.
+    refresh_every: rounds between scorings. bits: what an edge may use. deadline_seconds: of a round on fleet.clock
+    (null: searched). communication: share of it that the upload may take. penalty: lambda, of the under-training rate.
+    step_ratio: most steps of an edge over the fewest, and over those that local.steps plans. depth: whether a slow edge
+    may adapt its top layers alone. join: stack, or the baselines truncate, pad and increment. plans: by edge what
+    `fedpipe allocate` found, in place of a solver.
     """
 
     rank: int = 16
