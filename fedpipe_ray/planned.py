@@ -12,6 +12,7 @@ from .facts import MEAN
 from .files import read_lines, write_atomically
 from .lora import module_of
 from .message import Message
+from .plan_lines import gathered, scattered
 
 FILE = "plans.jsonl"
 MOST = 16  # numbers of an order beyond which they are data, not settings
@@ -39,20 +40,6 @@ def scores(numbers: Mapping[str, float]) -> dict[str, dict[str, float]]:
         if module and math.isfinite(value):
             found.setdefault(edge, {})[module] = value
     return found
-
-
-def gathered(plans: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each plan once, with `edges`, the names of those that have it."""
-    found: dict[str, dict[str, Any]] = {}
-    for edge, plan in plans.items():
-        found.setdefault(json.dumps(plan, sort_keys=True), {"edges": [], **plan})["edges"].append(edge)
-    return list(found.values())
-
-
-def scattered(plans: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The inverse of `gathered`."""
-    apart = [({name: value for name, value in one.items() if name != "edges"}, one["edges"]) for one in plans]
-    return {edge: plan for plan, edges in apart for edge in edges}
 
 
 class Plans:

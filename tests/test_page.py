@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from histories import PROFILE, edge, line, write
-from runs import here
+from runs import ROOT, here
 
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.page import figures
@@ -168,6 +170,12 @@ def test_a_text_in_the_data_stays_text(tmp_path: Path) -> None:
     assert "</script><b>x" not in text
     with pytest.raises(UserError, match=r"no config\.yaml"):
         History.read(str(tmp_path / "nowhere"))
+
+
+def test_to_look_at_runs_takes_no_torch() -> None:
+    """Its import takes several seconds."""
+    code = "import sys, fedpipe_ray.page.report, fedpipe_ray.page.watch; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT).stdout == b"False\n"
 
 
 def test_a_run_writes_its_page(run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

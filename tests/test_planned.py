@@ -12,7 +12,8 @@ import torch
 from runs import here, records
 
 from fedpipe_ray.message import Message
-from fedpipe_ray.planned import MOST, Plans, gathered, scattered, told
+from fedpipe_ray.plan_lines import gathered, scattered
+from fedpipe_ray.planned import MOST, Plans, told
 
 A = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
 

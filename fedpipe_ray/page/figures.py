@@ -154,7 +154,8 @@ def memory(history: History) -> go.Figure | None:
         return None
     figure = go.Figure()
     figure.add_bar(x=list(peaks), y=list(peaks.values()), name="peak of training", marker_color=COLORS[4])
-    allowed = {edge: capacity_mib(history.profiles[edge]) for edge in peaks if edge in history.profiles}
+    profiles = history.profiles
+    allowed = {edge: capacity_mib(profiles[edge]) for edge in peaks if edge in profiles}
     with_one = {edge: value for edge, value in allowed.items() if value is not None}
     figure.add_scatter(
         x=list(with_one), y=list(with_one.values()), name="capacity", mode="markers",
@@ -168,13 +169,13 @@ def time_line(history: History) -> go.Figure | None:
     """Who received, computed, sent and waited, when on the virtual clock; an edge a row."""
     bars: dict[str, list[tuple[str, float, float, str]]] = {part: [] for part in PARTS}
     edges = list(dict.fromkeys(edge for line in history.rounds for edge in line["edges"]))[:MOST_EDGES]
-    begin = 0.0
+    begin, profiles = 0.0, history.profiles
     for line in history.rounds:
         length = line["virtual_seconds"] or 0.0
         for edge in edges:
-            if edge in line["edges"] and edge in history.profiles:
+            if edge in line["edges"] and edge in profiles:
                 at = line["edges"][edge].get("started_seconds", begin)  # buffered: maybe some rounds before
-                for part, seconds in phases(history.profiles[edge], line["edges"][edge], begin + length - at):
+                for part, seconds in phases(profiles[edge], line["edges"][edge], begin + length - at):
                     bars[part].append((edge, at, seconds, f"round {line['round']}: {seconds:.3g} s {part}"))
                     at += seconds
         begin += length

@@ -12,8 +12,8 @@ import yaml
 
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.files import read_lines
-from fedpipe_ray.planned import scattered
-from fedpipe_ray.record import RunFolder
+from fedpipe_ray.plan_lines import scattered
+from fedpipe_ray.remote import RemoteFolder, is_url, local
 
 QUALITY = ("loss", "accuracy", "token_accuracy", "perplexity", "macro_f1", "rouge_l", "exact_match")
 HIGHER = frozenset(QUALITY) - {"loss", "perplexity"}  # better where it is higher
@@ -34,8 +34,10 @@ class History:
     @classmethod
     def read(cls, place: str) -> History:
         """The run in a folder or under a URL. Raises UserError if there is none."""
-        with contextlib.closing(RunFolder.open(place)) as folder:
-            return cls.of(place, folder.path)
+        if not is_url(place):
+            return cls.of(place, local(place))
+        with contextlib.closing(RemoteFolder(place)) as remote:
+            return cls.of(place, remote.open())
 
     @classmethod
     def of(cls, name: str, folder: Path) -> History:

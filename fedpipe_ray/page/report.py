@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
-from fedpipe_ray.record import RunFolder
 
 from .history import History
 from .page import write_page
+
+if TYPE_CHECKING:
+    from fedpipe_ray.record import RunFolder
 
 FILE = "report.html"
 log = logging.getLogger("fedpipe")
