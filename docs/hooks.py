@@ -74,8 +74,8 @@ def source(name: str) -> Iterator[str]:
 
 def settings(name: str) -> Iterator[str]:
     """A table of a method's settings."""
-    cls = method_class(name)
-    if not dataclasses.fields(cls):  # type: ignore[arg-type]
+    cls: Any = method_class(name)  # a dataclass, which the protocol cannot say
+    if not dataclasses.fields(cls):
         yield "None but `name`."
         return
     yield from table(cls)

@@ -199,25 +199,14 @@ def command_evaluate(options: argparse.Namespace) -> None:
 
         command(options)
     else:
-        from .commands import evaluate
-
-        evaluate(options, load, make_fleet)
-
-
-def command_generate(options: argparse.Namespace) -> None:
-    """What base and tuned model answer to prompts."""
-    from .generate import command
-
-    command(options)
+        commands.evaluate(options, load, make_fleet)
 
 
 def command_compare(options: argparse.Namespace) -> int:
     """Several methods, one table."""
     from clusters import find_profiles
 
-    from .commands import compare
-
-    return compare(options, find_profiles, make_fleet, starting_ray, one_cluster)
+    return commands.compare(options, find_profiles, make_fleet, starting_ray, one_cluster)
 
 
 def command_submit(options: argparse.Namespace) -> int:
@@ -269,9 +258,7 @@ def command_check(options: argparse.Namespace) -> None:
 
 def command_plan(options: argparse.Namespace) -> None:
     """What each edge would be given; trains nothing."""
-    from .commands import plan
-
-    plan(options, load(options.config, options.overrides), make_fleet)
+    commands.plan(options, load(options.config, options.overrides), make_fleet)
 
 
 def command_allocate(options: argparse.Namespace) -> None:
@@ -330,7 +317,7 @@ COMMANDS = {
     "export": commands.export,
     "report": commands.report,
     "watch": commands.watch,
-    "generate": command_generate,
+    "generate": commands.generate,
     "submit": command_submit,
     "methods": commands.methods,
     "check": command_check,

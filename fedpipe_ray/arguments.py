@@ -29,34 +29,7 @@ def parser() -> argparse.ArgumentParser:
     resume.add_argument("folder", metavar="DIR|URL", help="a run folder")
     resume.add_argument("overrides", nargs="*", metavar="key=value", help="such as rounds=20")
 
-    evaluate = commands.add_parser(
-        "evaluate", help="base against tuned model, on the edges' test rows or on files of your own"
-    )
-    evaluate.add_argument(
-        "what", metavar="DIR|URL|ADAPTER", help="a run folder, or a PEFT adapter with --data and --config"
-    )
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluate.generate=50")
-    evaluate.add_argument("--data", metavar="SOURCE", help="a file, folder or URL; all its rows are test rows")
-    evaluate.add_argument(
-        "--config", type=Path, metavar="CONFIG", help="run file that says how rows are read (default: the run's own)"
-    )
-    add_benchmarks(evaluate)
-
-    export = commands.add_parser("export", help="write the adapter of a run, or with --merge a plain model")
-    export.add_argument("folder", metavar="DIR|URL", help="a run folder")
-    export.add_argument("--out", type=on_disk, required=True, metavar="DIR", help="a new folder")
-    export.add_argument(
-        "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
-    )
-
-    export.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
-
-    report = commands.add_parser("report", help="the page of a run, or of several in the same axes; needs no network")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, also s3://..., finished or in progress")
-    report.add_argument("--out", type=on_disk, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    watch = commands.add_parser("watch", help="the page of a run in progress, live in a browser on this machine")
-    watch.add_argument("run", metavar="DIR|URL", help="a run folder; it need not be there yet")
-    watch.add_argument("--port", type=int, metavar="N", help="of 127.0.0.1 (default: 8270, or a free one)")
+    add_results(commands)
 
     plan = commands.add_parser("plan", parents=[run_file], help="what every edge would be given, without training")
     plan.add_argument(
@@ -87,6 +60,37 @@ def parser() -> argparse.ArgumentParser:
         help="only whether all edges find room on the cluster of a `ray up` or KubeRay file",
     )
     return top
+
+
+def add_results(commands: Any) -> None:
+    """The commands that look at what a run left, `evaluate`, `export`, `report` and `watch`."""
+    evaluate = commands.add_parser(
+        "evaluate", help="base against tuned model, on the edges' test rows or on files of your own"
+    )
+    evaluate.add_argument(
+        "what", metavar="DIR|URL|ADAPTER", help="a run folder, or a PEFT adapter with --data and --config"
+    )
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="such as evaluate.generate=50")
+    evaluate.add_argument("--data", metavar="SOURCE", help="a file, folder or URL; all its rows are test rows")
+    evaluate.add_argument(
+        "--config", type=Path, metavar="CONFIG", help="run file that says how rows are read (default: the run's own)"
+    )
+    add_benchmarks(evaluate)
+
+    export = commands.add_parser("export", help="write the adapter of a run, or with --merge a plain model")
+    export.add_argument("folder", metavar="DIR|URL", help="a run folder")
+    export.add_argument("--out", type=on_disk, required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--merge", action="store_true", help="merge the adapter into the model: same architecture, no added latency"
+    )
+    export.add_argument("--edge", metavar="NAME", help="of a method that leaves a model on every edge: this edge's")
+
+    report = commands.add_parser("report", help="the page of a run, or of several in the same axes; needs no network")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, also s3://..., finished or in progress")
+    report.add_argument("--out", type=on_disk, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    watch = commands.add_parser("watch", help="the page of a run in progress, live in a browser on this machine")
+    watch.add_argument("run", metavar="DIR|URL", help="a run folder; it need not be there yet")
+    watch.add_argument("--port", type=int, metavar="N", help="of 127.0.0.1 (default: 8270, or a free one)")
 
 
 def add_searches(commands: Any, run_file: argparse.ArgumentParser) -> None:

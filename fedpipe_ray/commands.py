@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import FindProfiles
 from .errors import UserError
 from .process import clean_up_on_sigterm, set_up_logging
-from .settings import Run
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line starts without them
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    from .config import FindProfiles
     from .run import MakeFleet
+    from .settings import Run
 
-Around = Callable[[Run], AbstractContextManager[None]]
+    Around = Callable[[Run], AbstractContextManager[None]]
 
 
 def evaluate(options: argparse.Namespace, load: Callable[[Path, Sequence[str]], Run], make_fleet: MakeFleet) -> None:
@@ -96,6 +97,13 @@ def export(options: argparse.Namespace) -> None:
     clean_up_on_sigterm()
     what = export_run(options.folder, options.out, options.merge, options.edge)
     display.note(f"wrote the {what} to {options.out}")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """What base and tuned model answer to prompts."""
+    from .generate import command
+
+    command(options)
 
 
 def report(options: argparse.Namespace) -> None:

@@ -117,8 +117,12 @@ def train(
     finally:
         model.eval()
         optimizer.zero_grad(set_to_none=True)
-    typical = float(np.median(seconds[1:] or seconds))
-    return Trained(steps * local.batch, steps, tokens, total_loss / max(1, units), typical)
+    return Trained(steps * local.batch, steps, tokens, total_loss / max(1, units), typical(seconds))
+
+
+def typical(seconds: Sequence[float]) -> float:
+    """The median of a step's seconds, the first left out where there are several."""
+    return float(np.median(seconds[1:] or seconds))
 
 
 def optimizer_of(weights: Sequence[torch.Tensor], local: Local, device: torch.device) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,7 +24,7 @@ def user(name: str) -> dict[str, Any]:
     return {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": []}
 
 
-class Server:
+class Server(ABC):
     """A server that takes the user fedpipe with the password secret, over TCP. url: without a database."""
 
     missing: ClassVar[str]
@@ -32,17 +33,17 @@ class Server:
     scheme: ClassVar[str]
 
     @classmethod
+    @abstractmethod
     def installed(cls) -> bool:
         """Whether its programs are here; else `missing` says what to install."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self) -> list[Any]:
         """Makes the folder that the server works in; the command that starts it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def connect(self) -> Any:
         """A connection, outside of transactions."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         self.folder, (self.port,) = Path(tempfile.mkdtemp(prefix="fp-db-", dir="/tmp")), free_ports(1)

@@ -65,9 +65,9 @@ def joined(method: Any, server: Site, updates: Sequence[Tensors], weights: Seque
         Report(str(k), 0, weight, 0.0, Cost(), fetch=lambda one=one: Message(one))
         for k, (one, weight) in enumerate(zip(updates, weights, strict=True))
     ]
-    after = method.aggregate(state, reports, server, 0, rng_for(0, 0, "aggregate"))
+    after: Message = method.aggregate(state, reports, server, 0, rng_for(0, 0, "aggregate"))
     assert [report.rejected for report in reports if isinstance(report, Report)] == [None] * len(updates)
-    return after  # type: ignore[no-any-return]
+    return after
 
 
 def applied(method: Any, server: Site, state: Message) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from fedpipe_ray.__main__ import COMMANDS, main
 from fedpipe_ray.arguments import parse, parser
 from fedpipe_ray.methods import METHODS, make_method, method_class
 
-HEAVY = ("torch", "ray", "transformers", "peft", "pyarrow", "bitsandbytes", "optuna", "datasets")
+HEAVY = ("plotly", "torch", "ray", "transformers", "peft", "pyarrow", "bitsandbytes", "optuna", "datasets")
 
 
 def loaded_by(code: str) -> list[str]:
@@ -29,6 +29,12 @@ def loaded_by(code: str) -> list[str]:
     assert done.returncode == 0, done.stderr
     found: list[str] = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
     return found
+
+
+def test_help_loads_no_configuration() -> None:
+    """Its libraries would double the time that the command line takes to start."""
+    code = "import sys, fedpipe_ray.__main__ as it; it.parse(['methods']); print('fedpipe_ray.config' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT).stdout == b"False\n"
 
 
 HELP = """

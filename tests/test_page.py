@@ -101,7 +101,7 @@ def test_what_is_said_of_a_run(tmp_path: Path) -> None:
     said = headline(History.read(place))
     assert said == (
         "lora on 2 edges, seed 0: 2 of 4 rounds, in progress. 4 MB sent both ways, 10 s on the virtual clock, "
-        "6 s of rounds. 1 times an edge was lost or late."
+        "6 s of rounds. Edges lost or late: 1."
     )
     summary = {"status": "finished", "base": {"global": {"loss": 4.0}}, "tuned": {"global": {"loss": 2.5}}}
     (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
@@ -156,6 +156,10 @@ def test_a_run_without_a_round_has_a_page(tmp_path: Path, capsys: pytest.Capture
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert here("report", tmp_path) == 2
     assert "is not a run folder: it has no config.yaml" in capsys.readouterr().err
+    for text in ("{", "", "- 1"):
+        (tmp_path / "config.yaml").write_text(text)
+        assert here("report", tmp_path) == 2
+        assert "config.yaml cannot be read (" in capsys.readouterr().err
     place = write(tmp_path / "a", [3.0])
     (tmp_path / "file").write_text("")
     assert here("report", place, "--out", tmp_path / "file" / "page.html") == 2

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedpipe_ray.page.history import History, best_within, cost_to
+from fedpipe_ray.page.history import History, best_within, cost_to, in_common
 
 METRIC = "loss"
 CLOCK = "virtual s"
@@ -59,14 +59,13 @@ def exported_parameters(place: Path) -> int | None:
 def common_figures(histories: Mapping[str, History]) -> tuple[dict[str, float], dict[str, Figures]]:
     """({"virtual_seconds": budget, "loss": target}, what each run has of COMMON), on validation rows.
 
-    Both as on the page: the budget is what the cheapest run spent; the target is the best loss of the run whose best is
-    worst. Empty where fewer than two runs were evaluated between rounds.
+    Budget and target as on the page (`in_common`). Empty where fewer than two runs were evaluated between rounds.
     """
-    shown = {name: one for name, one in histories.items() if one.course(METRIC, "round")[0]}
-    if len(shown) < 2:
+    common = in_common(list(histories.values()), METRIC)
+    if common is None:
         return {}, {}
-    budget = min(one.clock(CLOCK)[-1] for one in shown.values())
-    target = max(min(one.course(METRIC, "round")[1]) for one in shown.values())
+    budget, target = common[0][CLOCK], common[1]
+    shown = {name: one for name, one in histories.items() if one.course(METRIC, "round")[0]}
     found: dict[str, Figures] = {}
     for name, one in shown.items():
         megabytes = cost_to(one, METRIC, "MB", target)

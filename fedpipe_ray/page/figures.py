@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 from plotly import graph_objects as go
 from plotly.colors import qualitative
+
+from fedpipe_ray.plan_lines import gathered
 
 from .groups import grouped
 from .history import CLOCKS, History, spaced
@@ -31,8 +32,7 @@ def quality(histories: Sequence[History], metric: str) -> go.Figure | None:
                 edge = [a + b for a, b in zip(y, spread)] + [a - b for a, b in zip(y, spread)][::-1]
                 figure.add_scatter(
                     x=x + x[::-1], y=edge, fill="toself", fillcolor=faint(color), mode="lines", line={"width": 0},
-                    hoverinfo="skip",
-                    showlegend=False, **more,
+                    hoverinfo="skip", showlegend=False, **more,
                 )  # fmt: skip
                 shown.append(kind)
             figure.add_scatter(
@@ -225,11 +225,9 @@ def phases(profile: Mapping[str, Any], edge: Mapping[str, Any], length: float) -
 
 def distinct(told: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
     """The first MOST_EDGES unlike plans, each under the names of the edges that have it."""
-    edges: dict[str, list[str]] = {}
-    for edge, one in told.items():
-        edges.setdefault(json.dumps(one, sort_keys=True), []).append(edge)
     found = {}
-    for names in list(edges.values())[:MOST_EDGES]:
+    for one in gathered(told)[:MOST_EDGES]:
+        names = one["edges"]
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         found[", ".join(names[:3]) + rest] = told[names[0]]
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from fedpipe_ray.remote import RemoteFolder, is_url, local
 QUALITY = ("loss", "accuracy", "token_accuracy", "perplexity", "macro_f1", "rouge_l", "exact_match")
 HIGHER = frozenset(QUALITY) - {"loss", "perplexity"}  # better where it is higher
 CLOCKS = {"round": "round", "virtual s": "virtual_seconds", "MB": "bytes", "wall s": "wall_seconds"}
+
+SPENT = ("virtual s", "MB")  # the clocks of budgets
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,13 @@ class History:
         """The run in a folder on this disk, called `name`. Raises UserError if there is none."""
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{name} is not a run folder: it has no config.yaml")
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        try:
+            config = dict(yaml.safe_load((folder / "config.yaml").read_text()))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(
+                f"{name}: config.yaml cannot be read ({reason}); bring it back as the run wrote it"
+            ) from None
         parts: dict[str, Any] = {part: _json(folder / f"{part}.json") for part in ("environment", "summary")}
         logs: dict[str, Any] = {part: read_lines(folder / f"{part}.jsonl") for part in ("rounds", "plans")}
         return cls(name, config, **parts, **logs)
@@ -115,6 +124,19 @@ def best_within(history: History, metric: str, kind: str, budget: float) -> floa
     """The best value of a metric until `budget` on a clock is spent; None if nothing was evaluated by then."""
     values = [value for at, value in zip(*history.course(metric, kind), strict=True) if at <= budget]
     return (max if metric in HIGHER else min)(values) if values else None
+
+
+def in_common(histories: Sequence[History], metric: str) -> tuple[dict[str, float], float] | None:
+    """({clock of SPENT: what the cheapest run spent}, the best value of the run whose best is worst).
+
+    On validation rows, of the runs that were evaluated between rounds; None if there are fewer than two.
+    """
+    shown = [one for one in histories if one.course(metric, "round")[0]]
+    if len(shown) < 2:
+        return None
+    better, worse = (max, min) if metric in HIGHER else (min, max)
+    budgets = {kind: min(one.clock(kind)[-1] for one in shown) for kind in SPENT}
+    return budgets, worse(better(one.course(metric, "round")[1]) for one in shown)
 
 
 def cost_to(history: History, metric: str, kind: str, target: float) -> float | None:

@@ -8,7 +8,7 @@ from statistics import fmean, pstdev, stdev
 from typing import Any
 
 from .groups import Group
-from .history import CLOCKS, HIGHER, History, best_within, cost_to, spaced
+from .history import CLOCKS, HIGHER, History, best_within, cost_to, in_common, spaced
 
 MISSING = "-"
 MOST_ROWS = 40
@@ -27,9 +27,9 @@ def headline(history: History) -> str:
         said.append(f"{sent} MB sent both ways, {clock} s on the virtual clock, {wall} s of rounds.")
     lost = sum(one["status"] != "ok" for line in rounds for one in line["edges"].values())
     asked = {edge for line in rounds for edge in line["edges"]}
-    said += [f"{lost} times an edge was lost or late."] if lost else []
+    said += [f"Edges lost or late: {lost}."] if lost else []
     never = len(history.profiles.keys() - asked)
-    said += [f"{never} edges were never asked."] if rounds and never else []
+    said += [f"Edges never asked: {never}."] if rounds and never else []
     before, after = (history.tested(name, "global").get("loss") for name in ("base", "tuned"))
     if before is not None and after is not None:
         said.append(f"Loss on test rows {number(before)} before, {number(after)} after.")
@@ -69,12 +69,10 @@ def told(history: History) -> str:
 
 def comparison(groups: Sequence[Group], metric: str) -> str:
     """The best value until the cheapest run's end; where each reaches what all reach; "" of a single group."""
-    shown = [one for group in groups for one in group.members if one.course(metric, "round")[0]]
-    if len(groups) < 2 or len(shown) < 2:
+    found = in_common([one for group in groups for one in group.members], metric)
+    if len(groups) < 2 or found is None:
         return ""
-    better, worse = (max, min) if metric in HIGHER else (min, max)
-    target = worse(better(one.course(metric, "round")[1]) for one in shown)
-    budgets = {kind: min(one.clock(kind)[-1] for one in shown) for kind in ("virtual s", "MB")}
+    budgets, target = found
     kinds = [kind for kind in CLOCKS if kind != "wall s"]
     head = ["run", *(f"{spaced(metric)} within {number(budget)} {kind}" for kind, budget in budgets.items())]
     head += [f"{kind} to {spaced(metric)} {number(target)}" for kind in kinds]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import threading
 import time
 from http import HTTPStatus
@@ -24,7 +23,6 @@ from .history import History
 from .page import sections, shell
 from .tables import STATUS
 
-log = logging.getLogger("fedpipe")
 HOST, PORT = "127.0.0.1", 8270
 FILES = ("config.yaml", "rounds.jsonl", "plans.jsonl", "summary.json")
 Marks = tuple[tuple[str, int, int], ...]
@@ -38,9 +36,10 @@ class Watched:
         self.place = place
         self.remote = RemoteFolder(place) if is_url(place) else None
         self.every_seconds = 10.0 if self.remote else 1.0
-        self.status, self.version, self.news = "", "", b"{}"
+        self.status, self.version, self.news = "", "", b""
         self._marks: Marks | None = None
-        self._show(f"waiting for a run in {place}", [], place)
+        self._parts: list[dict[str, object]] = []
+        self._show(f"waiting for a run in {place}", place)
 
     def look(self) -> bool:
         """Reads the run again if its files have changed; whether they had. Never raises for what it finds there."""
@@ -49,15 +48,17 @@ class Watched:
             if marks == self._marks:
                 return False
             if not any(name == "config.yaml" for name, _, _ in marks):
-                self._show(f"waiting for a run in {self.place}", [], self.place)
+                self._parts = []
+                self._show(f"waiting for a run in {self.place}", self.place)
             else:
                 history = History.read(self.place)
                 status = history.summary.get("status")
                 said = f"round {len(history.rounds)} of {history.config['rounds']}, {STATUS.get(status, status)}"
-                self._show(said, [section.data() for section in sections([history])], history.name)
+                self._parts = [section.data() for section in sections([history])]
+                self._show(said, history.name)
             self._marks = marks
         except Exception as error:  # a file half there, a store that does not answer: the next look may see more
-            self._show(f"cannot be read now: {error}", None, self.place)
+            self._show(f"cannot be read now: {error}", self.place)  # beside what was shown before
         return True
 
     def marks(self) -> Marks:
@@ -68,12 +69,10 @@ class Watched:
         stats = [(name, path.stat()) for name, path in found if path.is_file()]
         return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
-    def _show(self, status: str, parts: list[dict[str, object]] | None, title: str) -> None:
-        if parts is None:  # what is shown stays
-            parts = json.loads(self.news)["sections"]
-        told = json.dumps({"title": title, "state": status, "sections": parts})
-        version = hashlib.sha256(told.encode()).hexdigest()[:16]
-        self.news = json.dumps({"version": version, **json.loads(told)}).encode()
+    def _show(self, status: str, title: str) -> None:
+        told = {"title": title, "state": status, "sections": self._parts}
+        version = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+        self.news = json.dumps({"version": version, **told}).encode()
         self.status, self.version = status, version
 
 
