@@ -16,10 +16,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray._raylet import PlacementGroupID
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 from torch import distributed
 
 from fedpipe_ray.data import SourceFacts
@@ -39,6 +44,7 @@ LASTING = ("equip", "prepare", "restore")  # what a new group does over again
 EVERYWHERE = (*LASTING, "attempt")  # what all processes do; the rest is asked of the first alone
 WAIT_SECONDS = 5.0  # a process that is gone frees its thread of the actor after this
 PROGRESS_SECONDS = 0.5
+END_SECONDS = 15.0  # for Ray Train to end a group that has nothing more to do: it looks every other second
 RESTARTS = 3  # of a group; then the call at hand fails, and the next one starts another group
 
 
@@ -65,6 +71,7 @@ class ParallelEdge:
         self.number, self.group, self.failure, self.latest = 0, "", "", {name: Progress()}
         self.given = {"name": name, "settings": settings, "private_dir": private_dir}
         self.thread: threading.Thread | None = None
+        self.ending = False
 
     # -- called by the fleet, one after another
 
@@ -108,6 +115,15 @@ class ParallelEdge:
         """What the first process last said of itself."""
         return self.latest
 
+    def end(self) -> None:
+        """Ends the processes in good order, so that Ray Train gives back what they reserved."""
+        if self.thread is None:
+            return
+        with self.changed:
+            self.ending = True
+            self.changed.notify_all()
+        self.thread.join(END_SECONDS)
+
     # -- called by the processes
 
     def begin(self, group: str) -> list[tuple[str, tuple[Any, ...]]]:
@@ -122,8 +138,10 @@ class ParallelEdge:
     def next_call(self, after: int) -> tuple[int, str, tuple[Any, ...]] | None:
         """The call after number `after`, once there is one; None: ask again."""
         with self.changed:
-            if self.pending is None or self.pending.number <= after:
+            if not self.ending and (self.pending is None or self.pending.number <= after):
                 self.changed.wait(WAIT_SECONDS)
+            if self.ending:
+                return after, "end", ()
             call = self.pending
             return None if call is None or call.number <= after else (call.number, call.name, call.arguments)
 
@@ -195,6 +213,8 @@ def serve(given: dict[str, Any]) -> None:
     distributed.broadcast_object_list(tokens)  # names this group; an answer of the one before it does not count
     own = EdgeActor(given["settings"], given["private_dir"] if rank == 0 else None, given["name"])
     if rank == 0:
+        if group := get_current_placement_group():
+            _internal_kv_put(reserved_key(edge), group.id.binary())
         threading.Thread(target=tell, args=(own, edge), daemon=True).start()
     for name, arguments in ray.get(inside(edge.begin, tokens[0])):
         carry_out(own, name, arguments)
@@ -204,6 +224,8 @@ def serve(given: dict[str, Any]) -> None:
         if call is None:
             continue
         number, name, arguments = call
+        if name == "end":
+            return
         if rank and name not in EVERYWHERE:
             ray.get(inside(edge.answered, tokens[0], rank, number, None, False))
             continue
@@ -216,6 +238,22 @@ def serve(given: dict[str, Any]) -> None:
         del answer
         if lost is not None and broken:  # the others may wait for this process in a sum that it left
             raise RuntimeError(f"edge {given['name']}, process {rank}: {lost.reason}")
+
+
+def reserved_key(edge: Any) -> bytes:
+    """Where in Ray's own table the processes of an edge's actor note their placement group."""
+    return f"fedpipe-processes-{edge._actor_id.hex()}".encode()
+
+
+def release(edge: Any) -> None:
+    """Gives back what the processes of an edge's actor reserved that was killed.
+
+    Ray Train does so by itself only where Ray's dashboard runs, and Ray when the whole job ends.
+    """
+    with suppress(RayError, ValueError, RuntimeError):
+        if group := _internal_kv_get(reserved_key(edge)):
+            _internal_kv_del(reserved_key(edge))
+            remove_placement_group(PlacementGroup(PlacementGroupID(group)))
 
 
 def inside(method: Any, *arguments: Any) -> Any:

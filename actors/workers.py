@@ -21,7 +21,7 @@ from fedpipe_ray.settings import Run
 
 from .claims import Claims
 from .connect import forking
-from .parallel import actor_kind
+from .parallel import END_SECONDS, actor_kind, release
 from .placement import Node, Pool, actor_options, asked_for, only_free, pools_of, processes, seats, without
 
 log = logging.getLogger("fedpipe")
@@ -177,6 +177,8 @@ class Workers:
             self.pools[worker.pool].remove(worker)
             with suppress(RayError, ValueError):
                 ray.kill(worker.actor)
+            if processes(worker.pool.profile) > 1:
+                release(worker.actor)
 
     def refusal_lines(self) -> list[str]:
         """A line for every pool without a worker, which names its edges."""
@@ -185,6 +187,9 @@ class Workers:
 
     def close(self) -> None:
         """Ends all."""
+        ending = [worker.actor.end.remote() for worker in self if processes(worker.pool.profile) > 1]
+        with suppress(RayError):
+            ray.wait(ending, num_returns=len(ending), timeout=END_SECONDS) if ending else None
         for worker in self:
             self.bury(worker)
         self.homes.clear()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
+from ray.util import placement_group_table
 from runs import fleet_of, load
 from toys import CPU, PAD, Constant, Some, answer, classifier, llama
 
+from actors.fleet import RayFleet
 from actors.parallel import scaling
 from actors.placement import processes
 from fedpipe_ray.config import build
@@ -141,3 +145,40 @@ def test_a_process_that_is_killed_costs_a_round_at_most(run_file: Path, ray_here
     found = rounds_of(run_file, edges(a=2, b=1), "rounds=4", method)
     assert (tmp_path / "killed").exists()
     assert [len(one.reports) for one in found] in ([2, 1, 2, 2], [2, 2, 2, 2])
+
+
+@pytest.mark.services
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_the_processes_reserved_is_free_once_the_edge_has_gone(
+    killed: bool, run_file: Path, ray_here: None
+) -> None:
+    """Whether the fleet closes or an edge's actor is killed: Ray Train alone would keep it until the job ends."""
+    run, before = load(run_file, "fleet.ray=true", edges(a=2)), helpers()
+    fleet = RayFleet(run, make_method(run.method))
+    try:
+        fleet.open()
+        assert len(reserved()) == 1
+        if killed:
+            for worker in list(fleet.workers):
+                fleet.workers.bury(worker)
+            assert not reserved()
+    finally:
+        fleet.close()
+    assert not reserved()
+    if not killed:  # Ray Train's own actors end a moment later
+        deadline = time.monotonic() + 60
+        while (more := helpers() - before) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not more
+
+
+def reserved() -> list[str]:
+    """Placement groups of this Ray that stand."""
+    return [name for name, entry in placement_group_table().items() if entry["state"] != "REMOVED"]
+
+
+def helpers() -> set[str]:
+    """Ids of the living actors that an edge of several processes has, and Ray Train for it."""
+    kinds = ("ParallelEdge", "TrainController", "PlacementGroupCleaner")
+    actors = ray._private.state.actors().items()
+    return {one for one, found in actors if found["State"] != "DEAD" and found["ActorClassName"] in kinds}
