@@ -1,6 +1,6 @@
 """How far from the exact optimum is a searched allocation after so many trials, by which sampler, in which space?
 
-    python -m benchmarks.allocation_gap [TRIALS]
+    python -m benchmarks.allocation_gap [--trials 2000]
 
 Target: at most 2 % after 2,000 trials for 8 classes of edges. One edge a class and the costs of benchmarks/plan_speed
 (a Llama-3-8B-like model, 128 weights, drawn capacities, speeds and links), importance by kind, a deadline of 200 s.
@@ -11,7 +11,7 @@ space, for its ranks are categories.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from typing import Any
 
@@ -48,7 +48,9 @@ def surrogate(seed: int) -> Surrogate:
 
 def main() -> None:
     """Mean gap over the seeds, by trials."""
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else AT[-1]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=AT[-1])
+    trials = parser.parse_args().trials
     problems = {seed: surrogate(seed) for seed in SEEDS}
     optima = {seed: problem.optimum() for seed, problem in problems.items()}
     rows = []
@@ -67,11 +69,10 @@ def main() -> None:
             found = [100 * gap(curve[at - 1], optima[seed]) for seed, curve in zip(SEEDS, curves)] if at <= most else []
             row[f"% at {at}"] = round(float(np.mean(found)), 3) if found else "-"
         rows.append(row)
-        print(row, flush=True)
-    feasible = {seed: one.feasible for seed, one in optima.items()}
-    publish(
-        "allocation_gap", "How far from the exact optimum is a searched allocation?", rows, optimum_feasible=feasible
-    )
+        publish(
+            "allocation_gap", "How far from the exact optimum is a searched allocation?", rows,
+            optimum_feasible={seed: one.feasible for seed, one in optima.items()},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
