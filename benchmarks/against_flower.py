@@ -290,7 +290,7 @@ def row(
 
 def main() -> None:
     """Compares, or does our side of one work."""
-    parser = argparse.ArgumentParser(description="us and Flower 1.41's simulation, side by side")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small numbers, one repeat: does it run at all?")
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS), metavar="WORK")
     parser.add_argument("--torch-index", metavar="URL", help="install Flower's torch from here, such as a CPU build")

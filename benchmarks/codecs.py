@@ -8,10 +8,9 @@ included, the mean over edges and rounds; the loss is that of the edges' validat
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from clusters import find_profiles
 from fedpipe_ray.config import load_run
 from fedpipe_ray.fleet import Kept, SerialFleet
@@ -61,4 +60,6 @@ def main(seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(seed) for seed in sys.argv[1:]] or [0, 1])
+    options = parser(__doc__)
+    options.add_argument("seeds", nargs="*", type=int, default=[0, 1], metavar="SEED")
+    main(options.parse_args().seeds)

@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from fedpipe_ray import lora
 from fedpipe_ray.calibrate import calibrate, measure
 from fedpipe_ray.costs import give_back_freed_memory, matmul_parameters, status_bytes, training_flops
@@ -105,7 +105,9 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 5:
+    if len(sys.argv) == 5:  # a process of ours
         print(json.dumps(one(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))))
     else:
-        main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+        options = parser(__doc__)
+        options.add_argument("threads", nargs="?", type=int, default=1, metavar="THREADS")
+        main(options.parse_args().threads)

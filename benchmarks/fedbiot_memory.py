@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.table import RESULTS, publish
+from benchmarks.table import RESULTS, parser, publish
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
@@ -154,7 +154,9 @@ def main(quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if len(sys.argv) == 3:  # a process of ours
         {"order": write_order, "edge": edge}[sys.argv[1]](Path(sys.argv[2]))
     else:
-        main("--quick" in sys.argv)
+        options = parser(__doc__)
+        options.add_argument("--quick", action="store_true")
+        main(options.parse_args().quick)

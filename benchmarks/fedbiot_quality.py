@@ -13,7 +13,6 @@ as it comes; rows that the last table has are not run again.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.table import RESULTS, publish
+from benchmarks.table import RESULTS, parser, publish
 from clusters import find_profiles
 from fedpipe_ray.config import load_run
 from fedpipe_ray.evaluate import evaluate, perplexity
@@ -162,4 +161,6 @@ def main(quick: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv)
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    main(options.parse_args().quick)

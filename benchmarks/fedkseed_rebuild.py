@@ -15,7 +15,6 @@ steps do; seconds of either, and of a rebuild with 3 x 200 changed candidates be
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from torch.nn import functional
 
 from benchmarks.fleet_memory import add_large
 from benchmarks.small_llama import TOKENS, write_material
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from fedpipe_ray.batches import Batch, sums
 from fedpipe_ray.costs import PeakMemory
 from fedpipe_ray.model import Base
@@ -153,12 +152,15 @@ def steps(folder: Path, model: str) -> None:
 
 def main() -> None:
     """All three; --quick: an eighth of the candidates."""
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    quick = options.parse_args().quick
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_material(folder, 1, {"rank": 8, "alpha": 16.0})
         noises()
-        rebuilds(folder, 512 if "--quick" in sys.argv else 4096)
+        rebuilds(folder, 512 if quick else 4096)
         add_large(folder)
         steps(folder, "large")
 

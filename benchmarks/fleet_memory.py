@@ -27,7 +27,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.small_llama import TOKENS, VOCABULARY, write_material
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 
 EDGES, ROUNDS, LOOKS = (1, 2, 4), 100, (10, 55, 100)
 LARGE = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 12, "num_attention_heads": 10}
@@ -144,15 +144,18 @@ def flat(folder: Path) -> None:
 
 def main() -> None:
     """Both, or those that are named."""
-    if sys.argv[1:2] == ["--one"]:
+    if sys.argv[1:2] == ["--one"]:  # a process of ours
         print(json.dumps(measure(json.loads(sys.argv[2]))))
         return
+    options = parser(__doc__)
+    options.add_argument("parts", nargs="*", help="node, flat; default: both")
+    parts = options.parse_args().parts
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_material(folder, 4, {"rank": 8, "alpha": 16.0})
         add_large(folder)
         for name, part in (("node", node), ("flat", flat)):
-            if name in (sys.argv[1:] or [name]):
+            if name in (parts or [name]):
                 part(folder)
 
 

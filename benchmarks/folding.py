@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -25,12 +24,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from benchmarks.update_transfer import anonymous_bytes
+from fedpipe_ray.arriving import checked
 from fedpipe_ray.averaging import average
 from fedpipe_ray.config import build
 from fedpipe_ray.costs import Cost
-from fedpipe_ray.fitting import checked
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.report import Report
@@ -108,7 +107,9 @@ def measure(updates: int, threads: int) -> dict[str, float]:
 
 def main() -> None:
     """With the one thread of local.threads' default, and with one a core."""
-    updates = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    options = parser(__doc__)
+    options.add_argument("updates", nargs="?", type=int, default=1000, metavar="UPDATES")
+    updates = options.parse_args().updates
     rows = [measure(updates, threads) for threads in dict.fromkeys((1, os.cpu_count() or 1))]
     publish("folding", f"Folding {updates} updates of {SIZE / 1e6:g} MB into their mean", rows, seed=0)
 

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.empty import settings
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from benchmarks.update_transfer import anonymous_bytes
 
 ASKED, EDGES, ROUNDS, REPEATS = 100, (100, 10_000), 12, 3
@@ -58,8 +58,10 @@ def measure(edges: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs each size in turn, or one of them as a process of its own."""
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(int(sys.argv[1]))))
+    options = parser(__doc__)
+    options.add_argument("edges", nargs="?", type=int, help="only so many, in this process, as JSON")
+    if one := options.parse_args().edges:
+        print(json.dumps(measure(one)))
         return
     found: dict[int, list[dict[str, Any]]] = {edges: [] for edges in EDGES}
     for _ in range(REPEATS):

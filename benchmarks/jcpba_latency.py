@@ -14,13 +14,12 @@ the best of three, one core; bar 0.05.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from typing import Any
 
 import numpy as np
 
-from benchmarks.table import HERE, publish
+from benchmarks.table import HERE, parser, publish
 from fedpipe_ray.channel import Channel
 from fedpipe_ray.planning.wireless import KINDS, Problem, allocate
 
@@ -61,7 +60,9 @@ def planning(kind: Any, bandwidth_hz: float) -> float:
 
 def main() -> None:
     """Both tables; --quick: 30 instances of either setting."""
-    count = 30 if "--quick" in sys.argv else INSTANCES
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    count = 30 if options.parse_args().quick else INSTANCES
     known = [json.loads(line) for line in DONE.read_text().splitlines()] if DONE.exists() else []
     rows = []
     DONE.parent.mkdir(exist_ok=True)

@@ -40,7 +40,7 @@ def settings(given: Mapping[str, str], workers: int, batch: int, rounds: int) ->
 
 def main() -> None:
     """Starts and trains with one process and with two."""
-    parser = argparse.ArgumentParser(description="one edge, one process or two")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one batch size, two rounds")
     quick = parser.parse_args().quick
     from actors.connect import connect, set_environment

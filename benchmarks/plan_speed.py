@@ -15,7 +15,7 @@ from statistics import mean, median
 
 import numpy as np
 
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from fedpipe_ray.planning import Choice, Demand, Key, plan
 
 REPEATS, SEED, EDGES, LAYERS, WIDTH, TOKENS, LAM = 3, 0, 100, 32, 4096, 256, 10.0
@@ -53,6 +53,7 @@ def demand(number: int, rng: np.random.Generator) -> Demand:
 
 def main() -> None:
     """Plans each fleet by each solver, at the deadline that half of its edges could keep without adapters."""
+    parser(__doc__).parse_args()
     rows = []
     for kind in ("a score a weight", "one score a kind"):
         seconds: dict[str, list[float]] = {"best": [], "uniform": [], "greedy": [], "exact": []}

@@ -16,13 +16,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 
 ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
     """Measures both."""
+    parser(__doc__).parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as place:
         env = {**os.environ, "XDG_CACHE_HOME": f"{place}/cache"}

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import RESULTS, commit, publish
+from benchmarks.table import RESULTS, commit, parser, publish
 
 ROOT = Path(__file__).parent.parent
 FILES = {"ag_news": "ag_news.csv", "e2e": "e2e_devset.csv", "gsm8k": "gsm8k_train.jsonl"}
@@ -50,4 +50,8 @@ def main(folder: Path, seeds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), [int(seed) for seed in sys.argv[2:]] or [0, 1, 2])
+    options = parser(__doc__)
+    options.add_argument("folder", type=Path, metavar="FOLDER")
+    options.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2], metavar="SEED")
+    given = options.parse_args()
+    main(given.folder.resolve(), given.seeds)

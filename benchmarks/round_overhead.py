@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 from benchmarks.empty import settings
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from fedpipe_ray.config import build
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.record import Checkpoint, RunFolder, round_record
@@ -25,6 +25,7 @@ REPEATS, ROUNDS = 5, 30
 
 def main() -> None:
     """Measures serial and Ray fleets of 4 empty edges."""
+    parser(__doc__).parse_args()
     from actors.connect import connect, set_environment
 
     set_environment(None)

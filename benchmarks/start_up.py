@@ -13,7 +13,7 @@ import sys
 import time
 from statistics import median
 
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 
 WHAT = {
     "python -c pass": ["-c", "pass"],
@@ -43,6 +43,7 @@ fleet.close()
 
 def main() -> None:
     """Measures each command in a process of its own."""
+    parser(__doc__).parse_args()
     rows = []
     for name, arguments in {**WHAT, "4 edges, until all are ready": ["-c", FLEET]}.items():
         seconds = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,11 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark's options; `text`, its docstring, is what --help says."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def publish(name: str, question: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:

@@ -18,7 +18,7 @@ from statistics import median
 import torch
 
 from benchmarks.empty import settings
-from benchmarks.table import publish
+from benchmarks.table import parser, publish
 from fedpipe_ray.config import build
 from fedpipe_ray.message import Message
 from fedpipe_ray.run import server_site
@@ -35,6 +35,7 @@ def anonymous_bytes() -> int:
 
 def main() -> None:
     """Measures put, get, and the driver's memory."""
+    parser(__doc__).parse_args()
     from actors.connect import connect, set_environment
 
     set_environment(None)
