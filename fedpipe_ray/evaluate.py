@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .batches import Rows, autocast, collate, sums
+from .data.encode import special_tokens
 
 Metrics = dict[str, float]
 
@@ -107,17 +108,26 @@ def generate(
 
 
 def complete(model: Any, tokenizer: Any, prompt: str, device: torch.device, max_new_tokens: int) -> str:
-    """The model's greedy continuation of `prompt`, without special tokens."""
-    encoded = tokenizer(prompt, return_tensors="pt").to(device)
-    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    """The model's greedy continuation of `prompt`, without special tokens; as in training, none follows the prompt."""
+    before, _ = special_tokens(tokenizer)
+    plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[*before, *plain]], device=device)  # [1, length]
     out = model.generate(
         input_ids=ids,
-        attention_mask=mask,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_tokens(model, tokenizer) or None,
     )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, which training appends, and those the model's makers name."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return list(dict.fromkeys([*own, *(named if isinstance(named, list) else [named] if named is not None else [])]))
 
 
 def score(generated: str, response: str, answer: str) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from .config import edge_data
 from .data.prompted import Prompter
 from .display import Display
 from .errors import UserError
+from .evaluate import end_tokens
 from .opened import Opened, opened
 from .process import set_up_logging
 from .site import SERVER
@@ -161,13 +162,6 @@ def continued(model: Any, one: Opened, row: Sequence[int], room: int, how: Sampl
     new = out[0, len(row) :].tolist()
     ended = bool(new) and new[-1] in ends
     return Answer(str(base.tokenizer.decode(new, skip_special_tokens=True)), len(new), ended)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text: the tokenizer's, which training appends, and those the model's makers name."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return list(dict.fromkeys([*own, *(named if isinstance(named, list) else [named] if named is not None else [])]))
 
 
 def probabilities(model: Any, one: Opened, row: Sequence[int]) -> dict[str, float]:

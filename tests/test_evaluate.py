@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from toys import CPU, PAD, Constant, Some, answer, chain, classifier, llama, uniform
 from transformers import AutoTokenizer
@@ -270,3 +271,13 @@ def test_the_order_of_edges_does_not_matter(losses: list[float], random: Any) ->
     random.shuffle(edges)
     assert combine(dict(edges)) == pytest.approx(whole)
     assert min(losses) - 1e-9 <= whole["loss"] <= max(losses) + 1e-9
+
+
+def test_no_special_token_follows_a_prompt(model_dir: Path) -> None:
+    """A tokenizer that ends every text would have the model answer after the end of its prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
+    )
+    assert tokenizer("alpha")["input_ids"][-1] == tokenizer.eos_token_id
+    assert complete(chain(NEXT), tokenizer, "alpha beta", CPU, 5) == "gamma delta one two three"

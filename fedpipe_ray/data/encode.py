@@ -101,6 +101,15 @@ class Example:
     truncated: bool
 
 
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What a tokenizer of transformers puts before and after a text by itself."""
+    plain, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    for start in range(len(whole) - len(plain) + 1):
+        if plain and whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    return ([tokenizer.bos_token_id] if whole[:1] == [tokenizer.bos_token_id] else []), []
+
+
 class Encoder:
     """Turns record batches into examples of at most `data.max_length` tokens. Raises UserError if the model cannot.
 
@@ -114,15 +123,7 @@ class Encoder:
         self.templates = templates(data)
         chats = data.messages is not None and data.task == "causal"
         self.chat = ChatTemplate(tokenizer) if chats else None
-        self.before, self.after = self._special_tokens()
-
-    def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text by itself."""
-        plain, whole = (list(self.tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
-        for start in range(len(whole) - len(plain) + 1):
-            if plain and whole[start : start + len(plain)] == plain:
-                return whole[:start], whole[start + len(plain) :]
-        return ([self.tokenizer.bos_token_id] if whole[:1] == [self.tokenizer.bos_token_id] else []), []
+        self.before, self.after = special_tokens(tokenizer)
 
     # -- rows of text
 
