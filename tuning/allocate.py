@@ -64,9 +64,13 @@ class Search:
         return Candidate(plans, self.surrogate.fleet({name: outcome for name, (_, outcome) in pairs.items()}))
 
 
-def search(surrogate: Surrogate, trials: int, sampler: str = "tpe", seed: int = 0, free: bool = False) -> Search:
+def search(
+    surrogate: Surrogate, trials: int, sampler: str = "tpe", seed: int = 0, free: bool = False,
+    advance: Callable[..., None] = lambda done, total, info: None,
+) -> Search:  # fmt: skip
     """So many trials of every class, side by side. free: in the space with a rank for every weight.
 
+    advance: told trials done, trials in all, and the best quality so far in words.
     Raises UserError if a class has no feasible point.
     """
     found = Search(surrogate, {name: [] for name in surrogate.classes})
@@ -74,9 +78,11 @@ def search(surrogate: Surrogate, trials: int, sampler: str = "tpe", seed: int = 
         name: _quality(name, found, trials, sampler_of(sampler, seed + i, 0, 1), free)
         for i, name in enumerate(found.points)
     }
-    for _ in range(trials):
+    for done in range(1, trials + 1):
         best = [next(row) for row in rows.values()]
         found.curve.append(sum(best) / len(surrogate.problems))
+        feasible = found.curve[-1] > -np.inf
+        advance(done, trials, f"trials, quality {found.curve[-1]:.4g}" if feasible else "trials, none feasible yet")
     missing = [name for name in found.points if found.best(name) is None]
     if missing:
         raise UserError("\n".join(_nearest(found, name) for name in missing))

@@ -50,7 +50,8 @@ def allocate(
     RunFolder.check_free(out)
     surrogate = survey(run, options, make_fleet, display)
     display.note(f"{len(surrogate.classes)} classes of edges: {'; '.join(map(', '.join, surrogate.classes.values()))}")
-    found = search(surrogate, options.trials, options.sampler, run.seed)
+    with display.task("searching") as bar:
+        found = search(surrogate, options.trials, options.sampler, run.seed, advance=bar)
     candidates, optimum = front(found), surrogate.optimum()
     short = gap(found.curve[-1], optimum)
     bound = "" if optimum.feasible else "; the optimum itself breaks a budget, so this is more than the true gap"
