@@ -5,13 +5,15 @@
 Targets: under 100 ms a trial with warm workers; four trials on two cores in at most 1.15 x half the time of the four
 one after another, one thread each; at least 40 % of the rounds spared at no worse best loss, three seeds. --small: the
 quickstart's model and method with three edges, 6 steps of 4 short rows and 24 rows an evaluation, for slow machines.
-Both arms of `pruning` share the rounds that they have in common, which are computed once. `overhead` and
+Both arms of `pruning` share the rounds that they have in common, which are computed once; those that are done stay in
+benchmarks/.cache, so that it goes on where it was stopped. `overhead` and
 `side_by_side` leave the first trial of each worker out: it imports and loads.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -31,6 +33,7 @@ from tuning.tune import carry_out
 from tuning.watch import rounds_spent
 
 FILE = Path(__file__).parent.parent / "examples" / "campaign.yaml"
+ROUNDS_DONE = Path(__file__).parent / ".cache" / "campaign_pruning.jsonl"
 SMALL = {
     "local.steps": 6, "local.batch": 4, "data.max_length": 48, "data.limit": 400, "evaluate.rows": 24,
     "fleet.profiles": None, "fleet.ray": False,
@@ -47,10 +50,14 @@ def plan_of(small: bool, **changes: Any) -> Plan:
 
 
 class Remembered:
-    """An executor in this process that computes no round of a point twice. computed: rounds it did compute."""
+    """An executor in this process that computes no round of a point twice, nor one that stands in `path`."""
 
-    def __init__(self, curves: dict[str, list[Record]]) -> None:
-        self.curves, self.computed = curves, 0
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.curves: dict[str, list[Record]] = {}
+        for line in path.read_text().splitlines() if path.exists() else []:
+            point, record = json.loads(line)
+            self.curves.setdefault(point, []).append(record)
         self._open = kept_fleet(Kept())
         self._queue: list[tuple[int, Iterator[Record]]] = []
 
@@ -59,13 +66,16 @@ class Remembered:
         self._queue.append((task, self._records(run)))
 
     def _records(self, run: Run) -> Iterator[Record]:
-        known = self.curves.setdefault(repr((run.local, run.method, run.seed)), [])
+        settings = (run.local, run.method, run.data, run.fleet, run.evaluate, run.seed)
+        point = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        known = self.curves.setdefault(point, [])
         yield from list(known)
         if len(known) < run.rounds:
             for number, record in enumerate(records_of(run, self._open)):
                 if number >= len(known):
-                    self.computed += 1
                     known.append(record)
+                    with self.path.open("a") as file:
+                        file.write(json.dumps([point, record]) + "\n")
                     yield record
 
     def next(self, timeout_seconds: float) -> Event | None:
@@ -86,19 +96,24 @@ class Remembered:
 def pruning(small: bool, seeds: Sequence[int]) -> None:
     """Rounds and best loss with and without the pruner. Every seed is published as it ends."""
     rows: list[dict[str, Any]] = []
-    curves: dict[str, list[Record]] = {}
+    ROUNDS_DONE.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         row: dict[str, Any] = {"seed": seed}
         for pruner in ("none", "hyperband"):
             plan = plan_of(small, pruner=pruner, seed=seed, parallel=1)
             with tempfile.TemporaryDirectory() as folder:
-                study = carry_out(plan, Path(folder), lambda: Remembered(curves), Display("none"))
+                study = carry_out(plan, Path(folder), lambda: Remembered(ROUNDS_DONE), Display("none"))
                 trials = study.get_trials()
             spent, _ = rounds_spent(trials, plan.base.rounds)
             row |= {f"{pruner}: rounds": spent, f"{pruner}: best loss": best_of(trials, plan.ways)[0].values[0]}
         row["spared"] = 1 - row["hyperband: rounds"] / row["none: rounds"]
         rows.append(row)
-        publish("campaign_pruning", "What does pruning spare, and what does it cost?", rows, small=small)
+        publish(
+            f"campaign_pruning{'_small' if small else ''}",
+            "What does pruning spare, and what does it cost?",
+            rows,
+            small=small,
+        )
 
 
 def overhead(small: bool) -> None:
