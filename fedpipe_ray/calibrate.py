@@ -39,7 +39,7 @@ class Calibration:
     """A line through two measured points, of one model with one adapter, in `bits`.
 
     Seconds and bytes of a step of so many tokens: fixed + tokens x slope; both bytes are 0 where memory could not be
-    measured. flops: of a token; trained: parameters; tokens: of the larger batch.
+    measured. flops: of a token; trained: parameters, of so many weights; tokens: of the larger batch.
     """
 
     bits: int
@@ -50,6 +50,7 @@ class Calibration:
     flops: float
     trained: int
     tokens: int
+    weights: int
 
     def seconds(self, tokens: float, flops: float) -> float:
         """Of a step with an adapter of so many FLOPs a token."""
@@ -79,7 +80,9 @@ class Calibration:
         if not all(field.name in numbers for field in fields(cls)):
             return None
         told: dict[str, Any] = {field.name: numbers[field.name] for field in fields(cls)}
-        return cls(**{name: int(x) if name in ("bits", "trained", "tokens") else x for name, x in told.items()})
+        return cls(
+            **{name: int(x) if name in ("bits", "trained", "tokens", "weights") else x for name, x in told.items()}
+        )
 
 
 def points_for(rows: int, length: int) -> Points:
@@ -130,9 +133,11 @@ def calibrate(
     seconds_token, bytes_token = max(0.0, (t1 - t0) / (high - low)), max(0.0, (m1 - m0) / (high - low))
     known = m0 > 0 and bytes_token > 0
     model = lora.attach(base, spec, frozen)
+    weights = sum("default" in layer.lora_A for _, layer in lora.layers(model))
     return Calibration(
         base.bits, max(0.0, t0 - low * seconds_token), seconds_token, m0 - low * bytes_token if known else 0.0,
         bytes_token if known else 0.0, training_flops(model, 1), matmul_parameters(model)[2], high,
+        weights,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from fedpipe_made import made
 from toys import llama
 
 from fedpipe_ray import lora
-from fedpipe_ray.calibrate import Calibration, calibrated, measure, points_for
+from fedpipe_ray.calibrate import Calibration, calibrate, calibrated, measure, points_for
 from fedpipe_ray.facts import CALIBRATION, calibrations_of
 from fedpipe_ray.message import Message
 from fedpipe_ray.model import Base
@@ -27,6 +28,7 @@ LINE = Calibration(
     flops=200.0,
     trained=50,
     tokens=192,
+    weights=7,
 )
 SPEC = lora.LoraSpec(4, 8, ("all-linear",))
 
@@ -145,7 +147,7 @@ def test_a_plan_takes_memory_from_the_line(run_file: Path) -> None:
     """1.1 (fixed + tokens x slope - 12 bytes for each of 8000 parameters trained there) + 12 r width."""
     _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
     start = method.start(server, rng_for(0, 0, "start"))
-    line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, 10**6)
+    line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, 10**6, 99)
     told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
     state = Message(start.tensors, told)
     width = sum(key.d_in + key.d_out for key in method.shape(server).keys)
@@ -161,7 +163,7 @@ def test_a_line_without_bytes_leaves_memory_to_the_formula(run_file: Path) -> No
     """Where a system does not say what a process takes, both points are alike."""
     _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
     start = method.start(server, rng_for(0, 0, "start"))
-    line = Calibration(16, 0.5, 0.002, 0.0, 0.0, 1e6, 8000, 10**6)
+    line = Calibration(16, 0.5, 0.002, 0.0, 0.0, 1e6, 8000, 10**6, 99)
     told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
     found = method.configure(Message(start.tensors, told), fleet.edges, server)[1]["b"]
     assert found == method.configure(start, fleet.edges, server)[1]["b"]
@@ -172,17 +174,47 @@ def test_a_batch_far_above_the_measured_one_is_measured_again(run_file: Path) ->
     for tokens, again in ((9, 1.0), (10, 0.0)):
         _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
         start = method.start(server, rng_for(0, 0, "start"))
-        line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, tokens)
+        line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, tokens, 99)
         told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
         state = Message(start.tensors, {**told, "b/longest": 5.0})
         order = method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan"))["b"]
         assert (order.numbers["batch"], order.numbers["calibrate"]) == (4, again)
 
 
+def test_more_weights_than_the_measured_ones_are_measured_again(run_file: Path) -> None:
+    """A weight that is trained keeps its input, so the line of fewer weights does not hold."""
+    _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
+    start, every = method.start(server, rng_for(0, 0, "start")), len(method.shape(server).keys)
+    for weights, again in ((every - 1, 1.0), (every, 0.0)):
+        line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, 10**6, weights)
+        told = {f"b/{CALIBRATION}16.{name}": value for name, value in line.numbers().items()}
+        order = method.plan(Message(start.tensors, told), fleet.edges, server, 0, rng_for(0, 0, "plan"))["b"]
+        assert order.numbers["calibrate"] == again
+
+
+@pytest.mark.parametrize(("join", "beside"), [("stack", True), ("pad", False)])
+def test_the_line_is_measured_beside_a_frozen_adapter(
+    join: str, beside: bool, run_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """There is one from the second round on, unless updates are padded; in the first one as large takes its place."""
+    seen: list[object] = []
+
+    def noted(*given: Any, frozen: lora.LoraSpec | None = None, **rest: Any) -> Calibration:
+        seen.append(frozen)
+        return calibrate(*given, frozen=frozen, **rest)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fedpipe_ray.calibrate.calibrate", noted)
+    _, method, fleet, server = made(run_file, f", join: {join}", "fleet.edges.b.training_memory_bytes=1GiB")
+    orders = method.plan(method.start(server, rng_for(0, 0, "start")), fleet.edges, server, 0, rng_for(0, 0, "plan"))
+    assert all(isinstance(report, Report) for report in fleet.run(orders, 0))
+    assert [frozen is not None for frozen in seen] == [beside]
+
+
 def test_the_real_clock_plans_with_measured_seconds(run_file: Path) -> None:
     """The longer a step was measured to be, the longer the plan; the profile's FLOP/s no longer matter."""
-    slow = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, 10**6)
-    fast = Calibration(16, 0.25, 0.001, 5e6, 3e4, 1e6, 8000, 10**6)
+    slow = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, 10**6, 99)
+    fast = Calibration(16, 0.25, 0.001, 5e6, 3e4, 1e6, 8000, 10**6, 99)
 
     def planned(line: Calibration, *overrides: str) -> float:
         _, method, fleet, server = made(run_file, ", bits: [16], steps: equal", *overrides)

@@ -197,11 +197,11 @@ class FedPipe(LoraMethod):
         return deadline, chosen
 
     def order_numbers(self, found: EdgePlan, state: Message, server: Site) -> dict[str, float]:
-        """A plan's scalars, and whether the edge shall measure itself: it has not in these bits, or on far less."""
+        """A plan's scalars, and whether the edge measures itself: not in these bits yet, on fewer rows or weights."""
         known = calibrations_of(found.edge, state.numbers).get(found.bits)
         longest = facts_of({found.edge: None}, state.numbers, server.run.data.max_length)[found.edge].longest
         rows = math.ceil(found.batch / min(found.batch, server.run.local.accumulate))
-        far = known is None or rows * longest > 2 * known.tokens
+        far = known is None or rows * longest > 2 * known.tokens or len(found.ranks) > known.weights
         needed = server.run.fleet.clock == "real" or found.capacity_bytes < math.inf
         return {
             "bits": found.bits, "batch": found.batch, "steps": found.steps, "calibrate": float(needed and far),
@@ -290,7 +290,8 @@ class FedPipe(LoraMethod):
             numbers |= probe(site, spec, whole_of(order.tensors), heads, self.of("score"), size, rng)
         if order.numbers["calibrate"]:
             points = points_for(math.ceil(batch / size["accumulate"]), int(numbers["longest"]))
-            found = calibrated(base, trained, points, int(numbers["terms"]), frozen=frozen, local=local)
+            beside = frozen or (trained if self.join in ("stack", "increment") else None)  # later rounds have a tail
+            found = calibrated(base, trained, points, int(numbers["terms"]), frozen=beside, local=local)
             numbers |= {f"{CALIBRATION}{base.bits}.{name}": value for name, value in found.numbers().items()}
             size["accumulate"] = found.parts(**size, length=int(numbers["longest"]), limit=site.profile.capacity_bytes)
         if "survey" in order.numbers:
