@@ -1,8 +1,9 @@
 """What training costs on this very machine: a two-point profile of seconds and bytes, kept by model, bits and hardware.
 
 Two batch sizes, one step to warm up and two measured at each, give a straight line: seconds = fixed + tokens x slope,
-and so for the peak of memory. Other ranks, targets and depths scale the slope of the time by their FLOPs and add their
-parameters' bytes. Ours; the paper says only that plans follow from an edge's resources.
+and so for the peak of memory. The larger one is what will be trained with, once half of it says that this fits. Other
+ranks, targets and depths scale the slope of the time by their FLOPs and add their parameters' bytes. Ours; the paper
+says only that plans follow from an edge's resources.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .settings import Local
 from .train import checkpointing
 
 MARGIN = 1.1  # calibrated bytes are planned this much higher
+BEYOND = 1.25  # and those of more tokens than were measured: 2 and 4 rows told up to a fifth too little of 8
 Points = tuple[tuple[int, int], tuple[int, int]]  # two batches, small and large: (rows, tokens of each)
 
 
@@ -60,13 +62,18 @@ class Calibration:
         """At the peak of a step with so many trained parameters."""
         return self.bytes_fixed + tokens * self.bytes_token + (4 + ADAM_BYTES) * (trained - self.trained)
 
+    def margin(self, tokens: float) -> float:
+        """What the bytes of a step of so many tokens are planned with."""
+        return MARGIN if tokens <= self.tokens else BEYOND
+
     def parts(self, batch: int, accumulate: int, length: int, limit: float) -> int:
         """Into how many parts a batch of rows so long is split, at least `accumulate`, so that one stays below `limit`.
 
-        Bytes with MARGIN; of one row if nothing fits.
+        Bytes with their margin; of one row if nothing fits.
         """
         for count in range(accumulate, batch):
-            if MARGIN * self.memory_bytes(math.ceil(batch / count) * length, self.trained) <= limit:
+            tokens = math.ceil(batch / count) * length
+            if self.margin(tokens) * self.memory_bytes(tokens, self.trained) <= limit:
                 return count
         return batch
 
@@ -162,6 +169,26 @@ def calibrated(
         with contextlib.suppress(OSError):  # measured again next time
             write_atomically(path, json.dumps(asdict(found)) + "\n")
         return found
+
+
+def fitted(
+    base: Base, spec: lora.LoraSpec, size: tuple[int, int], length: int, units: int, limit: float, *,
+    frozen: lora.LoraSpec | None = None, local: Local | None = None,
+) -> tuple[Calibration, int]:  # fmt: skip
+    """A line up to the largest part of a batch that fits, and into how many parts that splits it.
+
+    size: rows, and parts at least; limit: bytes. Half a part is measured before the whole one is tried: memory grows
+    faster than tokens, for the C library keeps what it cannot fit anew.
+    """
+    batch, parts = size
+    line = calibrated(base, spec, points_for(math.ceil(batch / parts), length), units, frozen=frozen, local=local)
+    parts = line.parts(batch, parts, length, limit)
+    rows = math.ceil(batch / parts)
+    if rows * length > line.tokens:
+        points = (rows // 2, length), (rows, length)
+        line = calibrated(base, spec, points, units, frozen=frozen, local=local)
+        parts = line.parts(batch, parts, length, limit)
+    return line, parts
 
 
 def _random_batch(base: Base, spec: lora.LoraSpec, rows: int, length: int, units: int) -> Batch:

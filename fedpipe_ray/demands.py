@@ -20,7 +20,7 @@ import torch
 
 from . import lora
 from .batches import collate, sums
-from .calibrate import MARGIN, Calibration
+from .calibrate import Calibration
 from .costs import ADAM_BYTES, parameters_of, place
 from .facts import Facts
 from .message import DTYPES
@@ -246,7 +246,7 @@ def _bytes(
     tokens = rows * facts.longest * part
     if measured is not None and measured.bytes_token > 0:
         acting = 4 * measured.trained  # what was trained there acts here
-        return max(MARGIN * (measured.memory_bytes(tokens, 0) + acting), shape.base_bytes[bits])
+        return max(measured.margin(tokens) * (measured.memory_bytes(tokens, 0) + acting), shape.base_bytes[bits])
     logits = 3 * 4 * rows * facts.terms * shape.vocabulary
     unpacked = shape.largest_bytes if bits != 16 else 0
     held = shape.context_bytes + shape.base_bytes[bits] + 4 * rank * float(shape.width.sum()) + logits + unpacked

@@ -169,9 +169,9 @@ def test_a_line_without_bytes_leaves_memory_to_the_formula(run_file: Path) -> No
     assert found == method.configure(start, fleet.edges, server)[1]["b"]
 
 
-def test_a_batch_far_above_the_measured_one_is_measured_again(run_file: Path) -> None:
-    """Twice 9 tokens hold no batch of 4 rows of 5, twice 10 do."""
-    for tokens, again in ((9, 1.0), (10, 0.0)):
+def test_a_batch_above_the_measured_one_is_measured_again(run_file: Path) -> None:
+    """19 tokens hold no batch of 4 rows of 5, 20 do."""
+    for tokens, again in ((19, 1.0), (20, 0.0)):
         _, method, fleet, server = made(run_file, ", bits: [16]", "fleet.edges.b.training_memory_bytes=1GiB")
         start = method.start(server, rng_for(0, 0, "start"))
         line = Calibration(16, 0.5, 0.002, 5e6, 3e4, 1e6, 8000, tokens, 99)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from fedpipe_ray import importance, lora, planning
-from fedpipe_ray.calibrate import calibrated, points_for
+from fedpipe_ray.calibrate import fitted
 from fedpipe_ray.demands import Shape, demand_of, shape_of
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import CALIBRATION, Facts, calibrations_of, facts_here, facts_of, learn, protected, smoothed
@@ -201,7 +201,7 @@ class FedPipe(LoraMethod):
         known = calibrations_of(found.edge, state.numbers).get(found.bits)
         longest = facts_of({found.edge: None}, state.numbers, server.run.data.max_length)[found.edge].longest
         rows = math.ceil(found.batch / min(found.batch, server.run.local.accumulate))
-        far = known is None or rows * longest > 2 * known.tokens or len(found.ranks) > known.weights
+        far = known is None or rows * longest > known.tokens or len(found.ranks) > known.weights
         needed = server.run.fleet.clock == "real" or found.capacity_bytes < math.inf
         return {
             "bits": found.bits, "batch": found.batch, "steps": found.steps, "calibrate": float(needed and far),
@@ -289,11 +289,12 @@ class FedPipe(LoraMethod):
             heads = {name: tensor for name, tensor in own.items() if ".lora_" not in name}
             numbers |= probe(site, spec, whole_of(order.tensors), heads, self.of("score"), size, rng)
         if order.numbers["calibrate"]:
-            points = points_for(math.ceil(batch / size["accumulate"]), int(numbers["longest"]))
             beside = frozen or (trained if self.join in ("stack", "increment") else None)  # later rounds have a tail
-            found = calibrated(base, trained, points, int(numbers["terms"]), frozen=beside, local=local)
+            found, size["accumulate"] = fitted(
+                base, trained, (batch, size["accumulate"]), int(numbers["longest"]), int(numbers["terms"]),
+                site.profile.capacity_bytes, frozen=beside, local=local,
+            )  # fmt: skip
             numbers |= {f"{CALIBRATION}{base.bits}.{name}": value for name, value in found.numbers().items()}
-            size["accumulate"] = found.parts(**size, length=int(numbers["longest"]), limit=site.profile.capacity_bytes)
         if "survey" in order.numbers:
             return Message({}, numbers)
         model = lora.attach(base, trained, frozen)
