@@ -1,6 +1,6 @@
 """How far from the exact optimum is a searched allocation after so many trials, by which sampler, in which space?
 
-    python -m benchmarks.allocation_gap [--trials 2000]
+    python -m benchmarks.allocation_gap [--trials 2000] [--arms structured/gp,free/tpe]
 
 Target: at most 2 % after 2,000 trials for 8 classes of edges. One edge a class and the costs of benchmarks/plan_speed
 (a Llama-3-8B-like model, 128 weights, drawn capacities, speeds and links), importance by kind, a deadline of 200 s.
@@ -12,13 +12,14 @@ space, for its ranks are categories.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from typing import Any
 
 import numpy as np
 
 from benchmarks.plan_speed import KEYS, LAM, demand
-from benchmarks.table import publish
+from benchmarks.table import RESULTS, publish
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.settings import Profile
 from tuning.allocate import gap, search
@@ -50,11 +51,16 @@ def main() -> None:
     """Mean gap over the seeds, by trials."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=AT[-1])
-    trials = parser.parse_args().trials
+    parser.add_argument("--arms", help="such as structured/gp,free/tpe; default: all; rows of others stay")
+    options = parser.parse_args()
+    trials = options.trials
+    arms = [arm for arm in ARMS if not options.arms or "/".join(arm) in options.arms.split(",")]
     problems = {seed: surrogate(seed) for seed in SEEDS}
     optima = {seed: problem.optimum() for seed, problem in problems.items()}
-    rows = []
-    for space, sampler in ARMS:
+    kept = RESULTS / "allocation_gap.json"
+    rows: list[dict[str, Any]] = json.loads(kept.read_text())["rows"] if kept.exists() and options.arms else []
+    for space, sampler in arms:
+        rows = [row for row in rows if (row["space"], row["sampler"]) != (space, sampler)]
         most, began = min(trials, MOST.get((space, sampler), trials)), time.perf_counter()
         try:
             curves = [search(problems[seed], most, sampler, seed, free=space == "free").curve for seed in SEEDS]

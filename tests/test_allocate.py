@@ -11,9 +11,10 @@ from demands_made import choice, demand
 from runs import here, load, records
 
 from fedpipe_ray.errors import UserError
-from fedpipe_ray.planning import RANKS, Allocation, Key, given
+from fedpipe_ray.planning import RANKS, Allocation, Key, exact, given
 from fedpipe_ray.settings import Profile
-from tuning.allocate import front, gap, search
+from tuning.allocate import NEAR, front, gap, search
+from tuning.allocation import planners
 from tuning.surrogate import Budget, Surrogate, classes_of, ranks_of
 
 KEYS = [Key(f"{layer}.{kind}", kind, layer, 8, 8) for layer in range(4) for kind in ("q", "v")]
@@ -78,8 +79,31 @@ def test_the_front_trades_quality_for_costs() -> None:
     costs = [(-p.outcome.quality, p.outcome.seconds, p.outcome.memory_bytes, p.outcome.bytes_round) for p in points]
     assert len(points) > 2
     assert not any(a != b and all(x <= y for x, y in zip(a, b)) for a in costs for b in costs)
-    assert points[0].outcome.quality == pytest.approx(found.curve[-1])
+    assert 0 <= found.curve[-1] - points[0].outcome.quality <= NEAR * points[0].outcome.worth
     assert all(point.outcome.feasible for point in points)
+
+
+def test_of_points_that_are_worth_the_same_the_largest_batch_is_taken() -> None:
+    """Rows count, not batches: without that rule a batch of one row is as good as any."""
+    found = search(surrogate(Budget(100.0)), 100, "random")
+    for name in found.points:
+        feasible = [pair for pair in found.points[name] if pair[1].feasible]
+        top = max(feasible, key=lambda pair: pair[1].quality)[1]
+        near = [point for point, outcome in feasible if outcome.quality >= top.quality - NEAR * top.worth]
+        best = found.best(name)
+        assert best is not None
+        assert best[0]["batch"] == max(point["batch"] for point in near)
+        assert len({point["batch"] for point in near}) > 1
+
+
+def test_the_planners_own_plan_is_a_candidate_where_it_keeps_the_budget() -> None:
+    problem = surrogate(Budget(100.0))
+    plans = {e: exact(KEYS, one, SCORES, 100.0, 2.0, steps="filled") for e, one in problem.demands.items()}
+    own = planners(problem, plans)
+    assert own is not None
+    assert own.outcome.quality == pytest.approx(problem.optimum().quality)
+    assert planners(surrogate(Budget(100.0, 10.0)), plans) is None
+    assert planners(problem, {**plans, "slow": dataclasses.replace(plans["slow"], depth=1)}) is None
 
 
 @pytest.mark.parametrize(
@@ -101,6 +125,10 @@ def test_what_is_given_is_what_is_planned() -> None:
         given(KEYS, edge, SCORES, 100.0, Allocation(8, 2, {"x": 8}))
     with pytest.raises(ValueError, match="give it fewer bits, a smaller batch"):
         given(KEYS, edge, SCORES, 100.0, Allocation(8, 2, {"q": 32, "v": 32}))
+    tight = demand([choice(8, bits=8, batch=n, memory_bytes=30 * n, memory_bytes_rank=1) for n in (1, 2, 4)])
+    tight = dataclasses.replace(tight, capacity_bytes=130.0)  # 4 q of rank 8 take 32
+    told = [given(KEYS, tight, SCORES, 100.0, Allocation(8, 4, {"q": rank}), firm=False) for rank in (8, 16)]
+    assert [(plan.batch, plan.memory_bytes) for plan in told] == [(2, 92), (2, 124)]  # of what was found by a formula
     with pytest.raises(ValueError, match=f"must be some of {', '.join(map(str, RANKS))}"):
         Allocation(8, 2, {"q": 3})
 

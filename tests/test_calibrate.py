@@ -11,7 +11,7 @@ from fedpipe_made import made
 from toys import llama
 
 from fedpipe_ray import lora
-from fedpipe_ray.calibrate import Calibration, calibrate, calibrated, measure, points_for
+from fedpipe_ray.calibrate import Calibration, calibrate, calibrated, fitted, measure, points_for
 from fedpipe_ray.facts import CALIBRATION, calibrations_of
 from fedpipe_ray.message import Message
 from fedpipe_ray.model import Base
@@ -113,6 +113,27 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(
     assert calibrated(base, SPEC, points_for(2, 16)).tokens == 16
 
 
+@pytest.mark.parametrize(
+    ("limit", "tried", "parts"),
+    [(1000.0, [2, 4, 4, 8], 1), (124.0, [2, 4, 4, 8], 2), (99.0, [2, 4], 2), (10.0, [2, 4], 8)],
+)
+def test_the_whole_batch_is_tried_only_if_half_of_it_says_so(
+    base: Base, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: float, tried: list[int], parts: int
+) -> None:
+    """A row takes 10 bytes, but 8 rows take 120: 8 are believed to take 1.25 x 80, and found to take 1.1 x 120."""
+    rows: list[int] = []
+
+    def measured(_base: Base, _spec: lora.LoraSpec, count: int, _length: int, *_: Any, **__: Any) -> tuple[float, int]:
+        rows.append(count)
+        return 1.0 * count, 120 if count == 8 else 10 * count
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("fedpipe_ray.calibrate.measure", measured)
+    line, found = fitted(base, SPEC, (8, 1), 16, 8, limit)
+    assert (rows, found) == (tried, parts)
+    assert line.tokens == 16 * tried[-1]
+
+
 def test_measuring_changes_neither_weights_nor_what_is_drawn_next(base: Base) -> None:
     spec = lora.LoraSpec(4, 8, ("all-linear",), dropout=0.5)
     before = lora.read(lora.attach(base, spec))
@@ -208,7 +229,7 @@ def test_the_line_is_measured_beside_a_frozen_adapter(
     _, method, fleet, server = made(run_file, f", join: {join}", "fleet.edges.b.training_memory_bytes=1GiB")
     orders = method.plan(method.start(server, rng_for(0, 0, "start")), fleet.edges, server, 0, rng_for(0, 0, "plan"))
     assert all(isinstance(report, Report) for report in fleet.run(orders, 0))
-    assert [frozen is not None for frozen in seen] == [beside]
+    assert {frozen is not None for frozen in seen} == {beside}
 
 
 def test_the_real_clock_plans_with_measured_seconds(run_file: Path) -> None:

@@ -27,6 +27,7 @@ from .surrogate import Outcome, Point, Surrogate
 
 BUDGETS = 8  # levels of each cost at which the classes' points are combined
 PLACES = 12  # rows of the Pareto table at most
+NEAR = 0.02  # of what a point's ranks are worth: points so near the best differ in what the surrogate does not see
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,17 @@ class Search:
     curve: list[float] = field(default_factory=list)
 
     def best(self, name: str, keep: Callable[[Outcome], bool] = lambda _: True) -> tuple[Point, Outcome] | None:
-        """A class's best feasible point among those that `keep` says yes to."""
+        """A class's best feasible point among those that `keep` says yes to; of those near it, by batch, then bits.
+
+        The value counts rows, however many are in a batch: by it alone, news were classified with batches of one and
+        two rows, and nothing was learned.
+        """
         found = [pair for pair in self.points[name] if pair[1].feasible and keep(pair[1])]
-        return max(found, key=lambda pair: pair[1].quality, default=None)
+        if not found:
+            return None
+        top = max((outcome for _, outcome in found), key=lambda outcome: outcome.quality)
+        near = [pair for pair in found if pair[1].quality >= top.quality - NEAR * abs(top.worth)]
+        return max(near, key=lambda pair: (pair[0]["batch"], pair[0]["bits"], pair[1].quality))
 
     def candidate(self, keep: Callable[[Outcome], bool] = lambda _: True) -> Candidate | None:
         """The classes' best put together; None if one of them has none."""

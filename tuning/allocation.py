@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from fedpipe_ray.facts import facts_of
 from fedpipe_ray.files import write_atomically
 from fedpipe_ray.message import DTYPES
 from fedpipe_ray.methods.fedpipe import FedPipe
+from fedpipe_ray.planning import Allocation, EdgePlan
 from fedpipe_ray.record import RunFolder
 from fedpipe_ray.results import asked_of_edges
 from fedpipe_ray.run import MakeFleet, preflight
@@ -48,22 +49,28 @@ def allocate(
             f"--measure {options.measure}: at least 0"
         )
     RunFolder.check_free(out)
-    surrogate = survey(run, options, make_fleet, display)
+    surrogate, plans = survey(run, options, make_fleet, display)
     display.note(f"{len(surrogate.classes)} classes of edges: {'; '.join(map(', '.join, surrogate.classes.values()))}")
     with display.task("searching") as bar:
         found = search(surrogate, options.trials, options.sampler, run.seed, advance=bar)
     candidates, optimum = front(found), surrogate.optimum()
+    tried = list(range(min(options.measure, len(candidates))))
+    if (own := planners(surrogate, plans)) is not None:
+        candidates.append(own)
+        tried = [*tried[: max(0, options.measure - 1)], len(candidates) - 1] if tried else []
     short = gap(found.curve[-1], optimum)
     bound = "" if optimum.feasible else "; the optimum itself breaks a budget, so this is more than the true gap"
     losses: dict[int, float] = {}
-    if options.measure:
-        losses = measured(run, candidates[: options.measure], make_executor, display)
+    if tried:
+        losses = measured(run, {at: candidates[at] for at in tried}, make_executor, display)
     chosen = min(losses, key=lambda at: losses[at], default=0)
     out.mkdir(parents=True, exist_ok=True)
     for index, one in enumerate(candidates):
         name = "allocation.yaml" if index == chosen else f"allocation-{index + 1}.yaml"
         write_atomically(out / name, to_yaml(with_plans(run, one)))
     display.console.print(pareto_table(candidates, chosen, losses))
+    if own is not None:
+        display.note(f"{len(candidates)}: what FedPipe's own planner gives for this deadline")
     drawn = write_plot(out / "pareto.html", candidates)
     display.note(
         f"gap to the exact optimum of the same costs: {short:.2%}{bound}\n"
@@ -73,8 +80,10 @@ def allocate(
     return candidates[chosen]
 
 
-def survey(run: Run, options: argparse.Namespace, make_fleet: MakeFleet, display: Display) -> Surrogate:
-    """The planner's problem of every edge, once each has told its facts and scores. Raises UserError."""
+def survey(
+    run: Run, options: argparse.Namespace, make_fleet: MakeFleet, display: Display
+) -> tuple[Surrogate, Mapping[str, EdgePlan]]:
+    """The planner's problem of every edge, once each has told its facts and scores, and its plans. Raises UserError."""
     method = preflight(run)
     if not isinstance(method, FedPipe):
         raise UserError(f"method.name: {run.method['name']} has no ranks to allocate; fedpipe has")
@@ -85,10 +94,21 @@ def survey(run: Run, options: argparse.Namespace, make_fleet: MakeFleet, display
         demands = [dataclasses.replace(one, capacity_bytes=math.inf) for one in demands]
     facts = facts_of(edges, state.numbers, run.data.max_length)
     scores = {edge: np.array(list(method.scores(edge, state, shape, facts).values())) for edge in edges}
-    return Surrogate(
+    _, plans = method.configure(state, edges, server)
+    surrogate = Surrogate(
         shape.keys, demands, scores, edges, Budget(options.latency, options.bytes), lam=method.penalty,
         steps=method.of("steps"), rank=method.rank, sent=DTYPES[run.wire.dtype].itemsize,
     )  # fmt: skip
+    return surrogate, plans
+
+
+def planners(surrogate: Surrogate, plans: Mapping[str, EdgePlan]) -> Candidate | None:
+    """The planner's plans as an allocation; None where they break a budget, or leave out layers."""
+    if any(plan.depth is not None for plan in plans.values()):
+        return None
+    told = {edge: Allocation(plan.bits, plan.batch, dict(plan.ranks)) for edge, plan in plans.items()}
+    outcome = surrogate.of_fleet(told)
+    return Candidate(told, outcome) if outcome.feasible else None
 
 
 def with_plans(run: Run, one: Candidate) -> Run:
@@ -97,16 +117,16 @@ def with_plans(run: Run, one: Candidate) -> Run:
 
 
 def measured(
-    run: Run, candidates: Sequence[Candidate], make_executor: Callable[[], Executor], display: Display
+    run: Run, candidates: Mapping[int, Candidate], make_executor: Callable[[], Executor], display: Display
 ) -> dict[int, float]:
-    """Validation loss by position, of those that successive halving let do all rounds: a third goes on at a time."""
-    runs = [with_plans(run, one) for one in candidates]
-    which = {"allocation": list(range(len(runs)))}
-    points = [{"allocation": index} for index in which["allocation"]]
+    """Validation loss by number, of those that successive halving let do all rounds: a third goes on at a time."""
+    runs = {str(at): with_plans(run, one) for at, one in candidates.items()}
+    which = {"allocation": list(candidates)}
+    points = [{"allocation": at} for at in candidates]
     plan = Plan(
         Campaign(run="", search=which, objectives={"loss": "minimize"}, trials=len(runs), enqueue=points,
                  pruner="halving"),
-        "allocations", run, lambda values: runs[int(values[0].partition("=")[2])],
+        "allocations", run, lambda values: runs[values[0].partition("=")[2]],
         space_of(which), {"loss": Objective(metric="loss", way="minimize")}, [],
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="fedpipe-allocate-") as place:

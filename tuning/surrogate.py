@@ -149,12 +149,13 @@ class Surrogate:
         allocation = self.allocation(name, point)
         known = (name, repr(allocation))
         if known not in self._known:
-            plans = [
-                self.problems[edge].plan(solution(self.problems[edge], allocation), self.steps)
-                for edge in self.classes[name]
-            ]
-            self._known[known] = self.outcome(plans)
+            self._known[known] = self.outcome([self.plan(edge, allocation) for edge in self.classes[name]])
         return self._known[known]
+
+    def plan(self, edge: str, allocation: Allocation) -> EdgePlan:
+        """What an edge does with an allocation."""
+        problem = self.problems[edge]
+        return problem.plan(solution(problem, allocation), self.steps)
 
     def outcome(self, plans: Sequence[EdgePlan]) -> Outcome:
         """What plans of some edges are worth, summed, and cost."""
@@ -180,6 +181,12 @@ class Surrogate:
             max(part.memory_bytes for part in parts), sum(part.bytes_round for part in parts), misses,
             sum(part.worth for part in parts) / len(self.problems),
         )  # fmt: skip
+
+    def of_fleet(self, plans: Mapping[str, Allocation]) -> Outcome:
+        """What allocations by edge are worth and cost."""
+        return self.fleet({
+            name: self.outcome([self.plan(edge, plans[edge]) for edge in edges]) for name, edges in self.classes.items()
+        })  # fmt: skip
 
     def optimum(self) -> Outcome:
         """The exact planner's, every edge by itself, each weight with a rank of its own.

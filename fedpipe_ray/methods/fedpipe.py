@@ -166,11 +166,12 @@ class FedPipe(LoraMethod):
             demands = self.demands(state, edges, server, most)
             known: dict[str, Any] = {"steps": self.of("steps"), "lam": self.penalty}
             if self.plans is not None:
-                told = [
-                    planning.given(shape.keys, one, scores[one.edge], deadline, self.told(one.edge), **known)
-                    for one in demands
-                ]
-                return {one.edge: one for one in told}
+                return {
+                    one.edge: planning.given(
+                        shape.keys, one, scores[one.edge], deadline, self.told(one.edge), **known,
+                        firm=not calibrations_of(one.edge, state.numbers),
+                    ) for one in demands
+                }  # fmt: skip
             return planning.plan(
                 shape.keys, demands, scores, deadline, solver, communication_share=self.communication, **known
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,12 +48,23 @@ def solution(edge: Problem, wanted: Allocation) -> Found:
 
 def given(
     keys: Sequence[Key], demand: Demand, scores: Array, deadline_seconds: float, wanted: Allocation, *,
-    steps: str = "filled", lam: float = 1.0, gain: str = "log2",
+    steps: str = "filled", lam: float = 1.0, gain: str = "log2", firm: bool = True,
 ) -> EdgePlan:  # fmt: skip
-    """The plan of an edge that does what it is told. Raises ValueError if that does not fit its memory."""
+    """The plan of an edge that does what it is told.
+
+    firm: ValueError if that does not fit its memory; else a smaller batch, then fewer bits, where one fits: what was
+    found by the costs of a model may turn out to take more when it is measured.
+    """
     edge = Problem(keys, demand, scores, deadline_seconds, lam, gain)
     found = edge.plan(solution(edge, wanted), steps)
-    if found.memory_bytes > demand.capacity_bytes or not found.ranks:
+    if found.memory_bytes > demand.capacity_bytes and not firm:
+        smaller = {(one.bits, one.batch) for one in demand.choices if one.depth is None}
+        for bits, batch in sorted(smaller, reverse=True):
+            if bits <= wanted.bits and batch <= wanted.batch:
+                less = edge.plan(solution(edge, replace(wanted, bits=bits, batch=batch)), steps)
+                if less.memory_bytes <= demand.capacity_bytes:
+                    return less
+    if (found.memory_bytes > demand.capacity_bytes and firm) or not found.ranks:
         raise ValueError(
             f"edge {demand.edge}: what it is given needs {found.memory_bytes / 2**20:.1f} MiB of "
             f"{demand.capacity_bytes / 2**20:.1f}, or adapts nothing; give it fewer bits, a smaller batch, lower ranks"
