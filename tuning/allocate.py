@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .surrogate import Outcome, Point, Surrogate
 
 BUDGETS = 8  # levels of each cost at which the classes' points are combined
 PLACES = 12  # rows of the Pareto table at most
-NEAR = 0.02  # of what a point's ranks are worth: points so near the best differ in what the surrogate does not see
+NEAR = 0.05  # of what a point's ranks are worth, is given for a larger batch, whose good the surrogate does not see
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,22 @@ class Search:
     curve: list[float] = field(default_factory=list)
 
     def best(self, name: str, keep: Callable[[Outcome], bool] = lambda _: True) -> tuple[Point, Outcome] | None:
-        """A class's best feasible point among those that `keep` says yes to; of those near it, by batch, then bits.
+        """A class's best feasible point among those that `keep` says yes to, with as large a batch as it allows.
 
-        The value counts rows, however many are in a batch: by it alone, news were classified with batches of one and
-        two rows, and nothing was learned.
+        The value counts rows, however many are in a batch: by it alone, news were classified with batches of two rows,
+        and nothing was learned. So the largest batch, and with it the most bits, that cost little of the value.
         """
         found = [pair for pair in self.points[name] if pair[1].feasible and keep(pair[1])]
         if not found:
             return None
-        top = max((outcome for _, outcome in found), key=lambda outcome: outcome.quality)
-        near = [pair for pair in found if pair[1].quality >= top.quality - NEAR * abs(top.worth)]
-        return max(near, key=lambda pair: (pair[0]["batch"], pair[0]["bits"], pair[1].quality))
+        point, top = max(found, key=lambda pair: pair[1].quality)
+        bits, batches = self.surrogate.options(name)
+        for batch, width in product(reversed(range(len(batches))), reversed(range(len(bits)))):
+            larger = {**point, "batch": batch, "bits": width}
+            outcome = self.surrogate.of_class(name, larger)
+            if outcome.feasible and keep(outcome) and outcome.quality >= top.quality - NEAR * abs(top.worth):
+                return larger, outcome
+        return point, top
 
     def candidate(self, keep: Callable[[Outcome], bool] = lambda _: True) -> Candidate | None:
         """The classes' best put together; None if one of them has none."""
