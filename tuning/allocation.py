@@ -37,6 +37,8 @@ from .study import best_of
 from .surrogate import Budget, Surrogate
 from .tune import carry_out
 
+DEADLINES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the latency, that the planner is given
+
 
 def allocate(
     run: Run, options: argparse.Namespace, out: Path, make_fleet: MakeFleet,
@@ -49,13 +51,13 @@ def allocate(
             f"--measure {options.measure}: at least 0"
         )
     RunFolder.check_free(out)
-    surrogate, plans = survey(run, options, make_fleet, display)
+    surrogate, own = survey(run, options, make_fleet, display)
     display.note(f"{len(surrogate.classes)} classes of edges: {'; '.join(map(', '.join, surrogate.classes.values()))}")
     with display.task("searching") as bar:
         found = search(surrogate, options.trials, options.sampler, run.seed, advance=bar)
     candidates, optimum = front(found), surrogate.optimum()
     tried = list(range(min(options.measure, len(candidates))))
-    if (own := planners(surrogate, plans)) is not None:
+    if own is not None:
         candidates.append(own)
         tried = [*tried[: max(0, options.measure - 1)], len(candidates) - 1] if tried else []
     short = gap(found.curve[-1], optimum)
@@ -70,7 +72,7 @@ def allocate(
         write_atomically(out / name, to_yaml(with_plans(run, one)))
     display.console.print(pareto_table(candidates, chosen, losses))
     if own is not None:
-        display.note(f"{len(candidates)}: what FedPipe's own planner gives for this deadline")
+        display.note(f"{len(candidates)}: what FedPipe's own planner gives within the latency")
     drawn = write_plot(out / "pareto.html", candidates)
     display.note(
         f"gap to the exact optimum of the same costs: {short:.2%}{bound}\n"
@@ -82,8 +84,12 @@ def allocate(
 
 def survey(
     run: Run, options: argparse.Namespace, make_fleet: MakeFleet, display: Display
-) -> tuple[Surrogate, Mapping[str, EdgePlan]]:
-    """The planner's problem of every edge, once each has told its facts and scores, and its plans. Raises UserError."""
+) -> tuple[Surrogate, Candidate | None]:
+    """The planner's problem of every edge, once each has told its facts and scores, and its own plan if one keeps the
+    budgets. Raises UserError.
+
+    The planner's deadline is soft: an edge with rare rows may be late. So the longest is taken that all edges keep.
+    """
     method = preflight(run)
     if not isinstance(method, FedPipe):
         raise UserError(f"method.name: {run.method['name']} has no ranks to allocate; fedpipe has")
@@ -94,12 +100,15 @@ def survey(
         demands = [dataclasses.replace(one, capacity_bytes=math.inf) for one in demands]
     facts = facts_of(edges, state.numbers, run.data.max_length)
     scores = {edge: np.array(list(method.scores(edge, state, shape, facts).values())) for edge in edges}
-    _, plans = method.configure(state, edges, server)
     surrogate = Surrogate(
         shape.keys, demands, scores, edges, Budget(options.latency, options.bytes), lam=method.penalty,
         steps=method.of("steps"), rank=method.rank, sent=DTYPES[run.wire.dtype].itemsize,
     )  # fmt: skip
-    return surrogate, plans
+    for share in DEADLINES:
+        earlier = dataclasses.replace(method, deadline_seconds=share * options.latency)
+        if (own := planners(surrogate, earlier.configure(state, edges, server)[1])) is not None:
+            return surrogate, own
+    return surrogate, None
 
 
 def planners(surrogate: Surrogate, plans: Mapping[str, EdgePlan]) -> Candidate | None:
