@@ -188,8 +188,9 @@ class Workers:
     def close(self) -> None:
         """Ends all."""
         ending = [worker.actor.end.remote() for worker in self if processes(worker.pool.profile) > 1]
-        with suppress(RayError):
-            ray.wait(ending, num_returns=len(ending), timeout=END_SECONDS) if ending else None
+        if ending:
+            with suppress(RayError):
+                ray.wait(ending, num_returns=len(ending), timeout=END_SECONDS)
         for worker in self:
             self.bury(worker)
         self.homes.clear()

@@ -101,7 +101,7 @@ def edge(path: Path) -> None:
     give_back_freed_memory()
     level = status_bytes("VmRSS")
     with safe_open(path.with_name("order.safetensors"), "pt") as file:
-        order = Message({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        order = Message({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (a file of safetensors is no mapping)
     if site.sent:
         site.build(order)
     held = sum(p.numel() for p in site.base.model.parameters())

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound="Fleet")
 
 
-def open_fleet(run: Run, method: Method, kind: Callable[[Run, Method], F] = SerialFleet) -> F:  # type: ignore[assignment]  # F's default
+def open_fleet(run: Run, method: Method, kind: Callable[[Run, Method], F] = SerialFleet) -> F:  # type: ignore[assignment]  # a default fits F only where F is left open
     """A fleet whose edges have model and rows: in this process, or of another kind, such as actors.fleet.RayFleet.
 
     Pretrains the built-in model where it is not in the cache. Shows what goes on. Close the fleet when you are done.

@@ -97,7 +97,7 @@ def test_central_does_the_steps_of_all_edges_on_the_clock_of_all(run_file: Path)
     """3 edges of 4 steps of 4 rows; 1 + 1 + 0.5 GFLOP/s together; with half of the edges a round, half the steps."""
     run = load(run_file, CENTRAL)
     fleet, rounds = federated(run)
-    model = lora.attach(fleet.sites["a"].base, make_method(run.method).spec(fleet.sites["a"]))  # type: ignore[attr-defined]  # serial
+    model = lora.attach(fleet.sites["a"].base, make_method(run.method).spec(fleet.sites["a"]))
     for number, done in enumerate(rounds, start=1):
         numbers = done.state.numbers
         assert (numbers["steps"], numbers["samples"]) == (12 * number, 48 * number)

@@ -156,7 +156,7 @@ def test_the_pull_is_that_of_the_merged_change(seed: int) -> None:
     start = dict(zip(names, (torch.randn(3, 7, generator=draw), torch.randn(5, 3, generator=draw)), strict=True))
     now = {n: torch.nn.Parameter(t + 0.1 * torch.randn(t.shape, generator=draw)) for n, t in start.items()}
     value = Pull(now, start, eps=0.7, scale=2.0)()
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     own = {n: torch.nn.Parameter(p.detach().double()) for n, p in now.items()}
     change = own[names[1]] @ own[names[0]] - (start[names[1]] @ start[names[0]]).double()
     (0.35 * (2 * change).square().sum()).backward()

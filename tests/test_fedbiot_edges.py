@@ -241,7 +241,7 @@ def test_fedot_needs_no_public_rows(run_file: Path, needs: list[str], tmp_path: 
         layers = {0, 7} if split == "ends" else {6, 7}
         assert of_layers(last.state.tensors, layers).keys() == last.state.tensors.keys()
         after = fleet.evaluate(shown(made, last.state, server), "test")
-        assert sum(after[e]["loss"] - before[e]["loss"] for e in "abc") < 0  # type: ignore[index]
+        assert sum(after[e]["loss"] - before[e]["loss"] for e in "abc") < 0
 
 
 def test_lora_of_an_order_is_named_by_the_edges_own_layers(fedbiot: Any) -> None:

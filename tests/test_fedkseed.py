@@ -46,7 +46,7 @@ def next_state(
     asked = {edge: order for edge, order in orders(method, state, fleet, server, round).items() if edge in edges}
     reports = list(fleet.run(asked, round))
     assert all(isinstance(report, Report) for report in reports)
-    return method.aggregate(state, reports, server, round, rng_for(0, round, "aggregate"))  # type: ignore[no-any-return]
+    return method.aggregate(state, reports, server, round, rng_for(0, round, "aggregate"))
 
 
 def pairs(indices: list[int], slopes: list[float], rows: float = 10) -> Message:
@@ -206,7 +206,7 @@ def test_edges_that_share_a_base_do_not_disturb_each_other(run_file: Path) -> No
             p.data = torch.frombuffer(p.numpy().tobytes(), dtype=p.dtype).view(p.shape)
     before = weights_of(base.model)
     state = next_state(method, state, fleet, server)
-    together = {r.edge: r.message() for r in fleet.run(orders(method, state, fleet, server, 1), 1)}  # type: ignore[union-attr]
+    together = {r.edge: r.message() for r in fleet.run(orders(method, state, fleet, server, 1), 1)}
     assert fleet.sites["b"].base is base
     assert_same(weights_of(base.model), before)
     assert not any(p.requires_grad for p in base.model.parameters())

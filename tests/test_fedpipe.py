@@ -106,7 +106,7 @@ def test_a_weight_that_nobody_trained_stays(run_file: Path) -> None:
 @pytest.mark.parametrize("preset", ["best", "paper"])
 def test_every_rule_and_preset_learns(run_file: Path, join: str, preset: str) -> None:
     run, method, fleet, server = made(run_file, f", join: {join}, preset: {preset}", UNEVEN)
-    before = sum(metrics["loss"] for metrics in fleet.evaluate(None, "validation").values())  # type: ignore[union-attr]
+    before = sum(metrics["loss"] for metrics in fleet.evaluate(None, "validation").values())
     *_, last = federate(method, fleet, server, rounds=3, seed=run.seed)
     assert sum(found["loss"] for found in last.evaluation.values()) < before
     assert 0 <= last.state.numbers["residual"] < 1

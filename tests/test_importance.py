@@ -180,8 +180,8 @@ def test_a_planted_important_key_is_ranked_first(kind: str) -> None:
     for _ in range(1 if kind == "gradient" else 6):
         step.step()  # the first one has no gradients, and does nothing
         step.zero_grad()
-        sum(((x @ (b[name] @ a[name] - far[name]).T) ** 2).mean() for name in far).backward()  # type: ignore[union-attr]
-    found = {name: value(kind, Key(a[name], b[name], a[name].grad, b[name].grad, 1.0)) for name in far}  # type: ignore[arg-type]
+        sum(((x @ (b[name] @ a[name] - far[name]).T) ** 2).mean() for name in far).backward()
+    found = {name: value(kind, Key(a[name], b[name], a[name].grad, b[name].grad, 1.0)) for name in far}
     assert max(found, key=lambda name: found[name]) == "v"
     assert min(found.values()) > 0
 
@@ -211,7 +211,7 @@ def test_smoothing_keeps_its_past_and_the_keys_not_observed() -> None:
     assert second.mean == {"q": 2.0, "v": 1.25}
     assert second.spread == {"q": 1.0, "v": 0.5 * 0.25 + 0.5 * 0.75}
     with pytest.raises(FrozenInstanceError):
-        first.beta = 0.9  # type: ignore[misc]
+        first.beta = 0.9
 
 
 def test_the_first_observation_ranks_as_the_scores_and_stable_scores_stay_above_zero() -> None:
@@ -239,7 +239,7 @@ def test_ties_by_hand() -> None:
     assert tied(scores, "none", KINDS, LAYERS) == {"0.q": 0.25, "0.v": 0.75, "1.q": 0.5, "1.v": 0.5}
     assert tied(dict.fromkeys(scores, 0.0), "none", KINDS, LAYERS) == dict.fromkeys(scores, 0.0)
     with pytest.raises(ValueError, match="'layer' is neither none nor kind"):
-        tied(scores, "layer", KINDS, LAYERS)  # type: ignore[arg-type]
+        tied(scores, "layer", KINDS, LAYERS)
 
 
 def test_the_mean_of_edges_is_over_those_that_scored_the_key() -> None:

@@ -232,10 +232,10 @@ def test_refused(
 def test_the_remedy_helps(name: str, size: int, there: int) -> None:
     """A number of updates that is too small for a rule is enough for it as the message says, where it names one."""
     key = "trim" if name == "trimmed_mean" else "byzantine"
-    said = Aggregator(name=name, **{key: size}).shortage(there)  # type: ignore[arg-type]
+    said = Aggregator(name=name, **{key: size}).shortage(there)
     assert (said is None) == (there >= (2 * size + 1 if key == "trim" else 2 * size + 3))
     if said is not None and f"lower {key} to " in said:
         lower = int(said.rpartition(f"lower {key} to ")[2])
         assert lower < size
-        assert Aggregator(name=name, **{key: lower}).shortage(there) is None  # type: ignore[arg-type]
-        assert Aggregator(name=name, **{key: lower + 1}).shortage(there) is not None  # type: ignore[arg-type]
+        assert Aggregator(name=name, **{key: lower}).shortage(there) is None
+        assert Aggregator(name=name, **{key: lower + 1}).shortage(there) is not None

@@ -35,7 +35,7 @@ def ours(how: Optimizer, start: torch.Tensor) -> list[torch.Tensor]:
     """The states after each of these rounds."""
     state, moments, found = Message({"w": start}), dict[str, torch.Tensor](), []
     for d in changes():
-        state, moments = stepped(state, Message({"w": state.tensors["w"] + d}), moments, how)  # type: ignore[assignment]
+        state, moments = stepped(state, Message({"w": state.tensors["w"] + d}), moments, how)
         found.append(state.tensors["w"])
     return found
 
@@ -85,7 +85,7 @@ def test_fedadam_and_fedadamw_are_torch_s_without_their_bias_correction(decay: f
     """
     lr, beta1, beta2, tau = 0.1, 0.9, 0.99, 0.03
     name, kind = ("fedadam", torch.optim.Adam) if decay is None else ("fedadamw", torch.optim.AdamW)
-    how = Optimizer(name=name, lr=lr, beta1=beta1, beta2=beta2, tau=tau, weight_decay=decay)  # type: ignore[arg-type]
+    how = Optimizer(name=name, lr=lr, beta1=beta1, beta2=beta2, tau=tau, weight_decay=decay)
 
     def correct(optimizer: torch.optim.Optimizer, t: int) -> None:
         (group,) = optimizer.param_groups
@@ -138,7 +138,7 @@ def test_yogi_falls_by_as_much_where_changes_are_small() -> None:
     """v = 4 and d^2 = 1: v - (1 - 0.75) 1 sign(4 - 1) = 3.75; Adam's would be 0.75 x 4 + 0.25 = 3.25."""
     before, after = Message({"w": torch.zeros(1)}), Message({"w": torch.ones(1)})
     for name, expected in (("fedyogi", 3.75), ("fedadam", 3.25)):
-        how = Optimizer(name=name, beta2=0.75)  # type: ignore[arg-type]
+        how = Optimizer(name=name, beta2=0.75)
         _, moments = stepped(before, after, {"v/w": torch.full((1,), 4.0)}, how)
         assert moments["v/w"].item() == expected
 

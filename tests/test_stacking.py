@@ -249,7 +249,7 @@ def test_shares_by_hand() -> None:
     with pytest.raises(ValueError, match=r"share paper: e1 hold 0\.0 samples"):
         share_of({"e1": 0.0}, "paper")
     with pytest.raises(ValueError, match="'mean' is none of paper, equal, all"):
-        share_of(samples, "mean")  # type: ignore[arg-type]
+        share_of(samples, "mean")
 
 
 @given(st.integers(0, 7), seeds)
@@ -282,7 +282,7 @@ class Line(nn.Module):
         self.line = nn.Linear(N, M, bias=False, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.line(x)  # type: ignore[no-any-return]
+        return self.line(x)
 
 
 @pytest.mark.parametrize("kind", ["cat", "svd"])

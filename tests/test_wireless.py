@@ -240,7 +240,7 @@ def test_everybody_at_the_cap() -> None:
 def test_identical_clients_are_treated_alike() -> None:
     same = {"compute_seconds": np.full(10, 40.0), "snr_hz": np.full(10, 4e8)}
     for kind in ("joint", "bcd", "uniform", "pruning-equal"):
-        found = allocate(instance(**same), kind)  # type: ignore[arg-type]
+        found = allocate(instance(**same), kind)
         assert found.rho == pytest.approx(np.full(10, 0.3), rel=1e-6)
         assert found.bandwidth == pytest.approx(np.full(10, 2e6), rel=1e-6)
 

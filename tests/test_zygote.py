@@ -39,7 +39,7 @@ class Worker:
 
 def test_workers_are_forks_with_an_environment_of_their_own(ray_here: None) -> None:
     (zygote, _) = connect._zygotes[-1]
-    actors = [ray.remote(Worker).options(num_cpus=0.1).remote() for _ in range(2)]  # type: ignore[attr-defined]
+    actors = [ray.remote(Worker).options(num_cpus=0.1).remote() for _ in range(2)]
     one, other = ray.get([actor.facts.remote() for actor in actors])
     for actor, found in zip(actors, (one, other), strict=True):
         ray.kill(actor)

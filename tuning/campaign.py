@@ -53,7 +53,7 @@ def verdict(kind: str, tries: int, retries: int, *, prune: bool = False, settled
         return "settled" if settled else "prune" if prune else "go on"
     if kind == "broken":
         return "retry" if tries < retries else "fail"
-    return {"done": "complete", "diverged": "worst", "failed": "fail"}[kind]  # type: ignore[return-value]
+    return {"done": "complete", "diverged": "worst", "failed": "fail"}[kind]  # type: ignore[return-value]  # mypy sees any str
 
 
 def key_of(params: Mapping[str, Any]) -> str:

@@ -117,7 +117,7 @@ def objective_of(name: str, spec: Any, run: Run) -> Objective:
     }
     if found.over == "gap":
         better = "minimize"
-    return dataclasses.replace(found, way=better if found.way == "auto" else found.way, **bounds)  # type: ignore[arg-type]
+    return dataclasses.replace(found, way=better if found.way == "auto" else found.way, **bounds)  # type: ignore[arg-type]  # "auto" is gone
 
 
 def limit_of(name: str, spec: Any, run: Run) -> Limit:

@@ -113,7 +113,7 @@ class Surrogate:
     def starts(self, name: str) -> list[dict[str, float]]:
         """Points to begin with: all bits and batches at a high and a middle level, lest a sampler stays with one."""
         bits, batches = self.options(name)
-        top = self.space(name)["top"].high  # type: ignore[attr-defined]
+        top = self.space(name)["top"].high  # type: ignore[attr-defined]  # a float's distribution
         return [
             {"bits": b, "batch": n, "top": share * top, "fall": 1.0, "keep": 1.6}
             for share in (0.95, 0.6)
@@ -124,7 +124,8 @@ class Surrogate:
     def free_space(self, name: str) -> dict[str, BaseDistribution]:
         """The space with a rank for every weight, in no order."""
         whole = self.space(name)
-        levels = CategoricalDistribution([rank for level, rank in enumerate(RANKS) if level < whole["top"].high])  # type: ignore[attr-defined]
+        top = whole["top"].high  # type: ignore[attr-defined]  # a float's distribution
+        levels = CategoricalDistribution([rank for level, rank in enumerate(RANKS) if level < top])
         return {"bits": whole["bits"], "batch": whole["batch"], **{key.name: levels for key in self.keys}}
 
     def options(self, name: str) -> tuple[list[int], list[int]]:

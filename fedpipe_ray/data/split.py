@@ -96,7 +96,7 @@ class SplitWriter:
         self._pending: list[tuple[Any, ...]] = []
         self._tokens = 0
         with _room():
-            self._file = tempfile.TemporaryFile(prefix="fedpipe-")  # noqa: SIM115
+            self._file = tempfile.TemporaryFile(prefix="fedpipe-")  # noqa: SIM115 (held as long as the rows)
             self._arrow = pa.ipc.new_file(self._file, self._schema)
 
     def add(self, input_ids: Tokens, labels: Tokens, digest: int, prompt: str, response: str) -> None:
