@@ -7,7 +7,9 @@ the deadline that FedPipe's planner finds for that seed, the same rounds, the ed
 plan; `uniform`: the largest uniform LoRA that fits every edge, steps to the deadline; both may be late on an edge, for
 the deadline is soft and few steps are kept for rare rows. `allocated`: `fedpipe allocate --memory-from-profiles
 --measure K`, whose --latency is hard and the planner's longest edge; chosen by validation loss. Quality is that of the
-test rows. The rate is not tuned for any. Runs that are done stay in benchmarks/.cache and are not repeated.
+test rows. The rate is not tuned for any. Runs that are done stay in
+results/allocation_quality.jsonl and are not repeated (remove a line to measure it anew), a seed's plan and allocation
+in benchmarks/.cache.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import argparse
 import json
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.fedpipe_against_baselines import AG_NEWS, COMMON, FLEET, ROOT, UNIFORM
-from benchmarks.table import publish
+from benchmarks.table import RESULTS, commit, publish
 
 CACHE = ROOT / "benchmarks" / ".cache" / "allocation_quality"
+DONE = RESULTS / "allocation_quality.jsonl"
 SETTINGS = [
     *AG_NEWS, *COMMON, "local.steps=10", "local.batch=8", "local.lr=0.003", "evaluate.rows=100", "evaluate.every=5",
 ]  # fmt: skip
@@ -60,7 +64,20 @@ def figures(out: Path) -> dict[str, float]:
 
 
 def done(arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """One arm's figures, from its folder or made now."""
+    """One arm's figures, from the file or made now."""
+    about = {"arm": arm, "seed": seed, "rounds": options.rounds, "measured": options.measure}
+    for line in DONE.read_text().splitlines() if DONE.exists() else []:
+        known = json.loads(line)
+        if about.items() <= known.items():
+            return dict(known["figures"])
+    found = made(arm, seed, options)
+    with DONE.open("a") as file:
+        file.write(json.dumps({**about, "commit": commit(), "date": date.today().isoformat(), "figures": found}) + "\n")
+    return found
+
+
+def made(arm: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """One arm's figures, from its folder or run now."""
     own = [*SETTINGS, f"seed={seed}", f"rounds={options.rounds}", f"data.source={options.data / 'ag_news.csv'}"]
     place = CACHE / f"{options.rounds}-{options.measure}-{seed}"
     plan, out = place / "plan.json", place / arm
