@@ -30,7 +30,8 @@ from benchmarks.table import RESULTS, commit, publish
 CACHE = ROOT / "benchmarks" / ".cache" / "allocation_quality"
 DONE = RESULTS / "allocation_quality.jsonl"
 SETTINGS = [
-    *memory(1200, 800, 600, 400, 300), *COMMON, "local.steps=10", "local.batch=8", "local.lr=0.003", "evaluate.rows=100", "evaluate.every=5",
+    *memory(1200, 800, 600, 400, 300), *COMMON, "local.steps=10", "local.batch=8", "local.lr=0.003",
+    "evaluate.rows=100", "evaluate.every=5",
 ]  # fmt: skip
 ARMS = {
     "planner": "method={{name: fedpipe, deadline_seconds: {deadline}}}",
