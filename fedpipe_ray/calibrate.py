@@ -82,11 +82,16 @@ class Calibration:
         return {name: float(value) for name, value in asdict(self).items()}
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of its numbers."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
     def of(cls, numbers: Mapping[str, float]) -> Calibration | None:
         """The calibration that `numbers` tell; None if they tell of none."""
-        if not all(field.name in numbers for field in fields(cls)):
+        if not all(name in numbers for name in cls.names()):
             return None
-        told: dict[str, Any] = {field.name: numbers[field.name] for field in fields(cls)}
+        told: dict[str, Any] = {name: numbers[name] for name in cls.names()}
         return cls(
             **{name: int(x) if name in ("bits", "trained", "tokens", "weights") else x for name, x in told.items()}
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ from .planning import Choice, Demand, Key
 from .settings import Profile
 
 BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
+LAYER = re.compile(r"\.(\d+)\.")
 CONTEXT = 128 * 2**20  # bytes an uncalibrated CPU process may grow by whatever the model: scratch, arenas, mapped rows
 
 
@@ -68,15 +69,36 @@ def keys_of(model: Any, spec: lora.LoraSpec) -> tuple[Key, ...]:
         if ".lora_" in name:
             factor = "a" if ".lora_A." in name else "b"
             shapes.setdefault(lora.module_of(name), {})[factor] = tuple(parameter.shape)
-    return tuple(
-        Key(name, name.rpartition(".")[2], layer_of(name), pair["a"][1], pair["b"][0]) for name, pair in shapes.items()
-    )
+    kinds, layers = kinds_of(shapes), layers_of(shapes)
+    return tuple(Key(name, kinds[name], layers[name], pair["a"][1], pair["b"][0]) for name, pair in shapes.items())
 
 
-def layer_of(name: str) -> int:
-    """The number in a module's name, from 0 at the input; 0 where it has none."""
-    found = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(found[1]) if found else 0
+def kinds_of(names: Iterable[str]) -> dict[str, str]:
+    """Of weights by name: the place in a layer, without numbers, in as few last parts as tell it from the others.
+
+    q_proj of Llama; attn.c_proj and mlp.c_proj of GPT-2, whose last parts alone would make them one kind.
+    """
+    places = {}
+    for name in names:
+        number = LAYER.search(f".{name}.")
+        inside = name[number.end() - 1 :] if number else name
+        places[name] = tuple(part for part in inside.split(".") if not part.isdigit())
+    distinct = set(places.values())
+
+    def short(place: tuple[str, ...]) -> str:
+        ends = (place[-count:] for count in range(1, len(place)))
+        return ".".join(next((end for end in ends if sum(o[-len(end) :] == end for o in distinct) == 1), place))
+
+    return {name: short(place) for name, place in places.items()}
+
+
+def layers_of(names: Iterable[str]) -> dict[str, int]:
+    """The first number in each name, in the model's order; of one without, such as a pooler, that of the one before."""
+    found, last = {}, 0
+    for name in names:
+        number = LAYER.search(f".{name}.")
+        found[name] = last = int(number[1]) if number else last
+    return found
 
 
 def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) -> Shape:
@@ -87,12 +109,12 @@ def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) ->
     before: dict[int, int] = {}
     total, largest, whole = 0, 0, skeleton.get_base_model()
     for name, module in linears(whole):
-        number = re.search(r"\.(\d+)\.", f".{name}.")
+        number = LAYER.search(f".{name}.")
         if number:
             before.setdefault(int(number[1]), total)
         total += parameters_of(module)
         largest = max(largest, parameters_of(module))
-    heads = sum(parameters_of(m) for n, m in linears(whole) if not re.search(r"\.\d+\.", f".{n}."))
+    heads = sum(parameters_of(m) for n, m in linears(whole) if not LAYER.search(f".{n}."))
     width = base.model.config.vocab_size if not classifier else 0
     return Shape(
         keys, (*(before[layer] for layer in sorted(before)), total - heads), total,

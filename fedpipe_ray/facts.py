@@ -7,14 +7,16 @@ leave the edge. Scores of candidate weights travel the same way.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from . import importance
 from .calibrate import Calibration
-from .importance import Smoothed
+from .importance import Smoothed, Tie
+from .planning import Array, Key
 
 if TYPE_CHECKING:
     from .site import Site
@@ -58,39 +60,77 @@ def learn(edge: str, told: Mapping[str, float], numbers: dict[str, float]) -> No
             numbers[f"{edge}/{name}"] = value
     scores = {name.removeprefix(SCORE): value for name, value in told.items() if name.startswith(SCORE)}
     if scores:
-        after = smoothed(edge, numbers).after(scores)
+        after = smoothed(edge, numbers, scores).after(scores)
         numbers |= {f"{edge}/{MEAN}{name}": value for name, value in after.mean.items()}
         numbers |= {f"{edge}/{SPREAD}{name}": value for name, value in after.spread.items()}
 
 
-def smoothed(edge: str, numbers: Mapping[str, float]) -> Smoothed:
-    """The scores of an edge so far."""
-    return Smoothed(_told(edge, MEAN, numbers), _told(edge, SPREAD, numbers))
+def smoothed(edge: str, numbers: Mapping[str, float], names: Collection[str]) -> Smoothed:
+    """The scores of an edge so far, of weights by name."""
+    mean, spread = (
+        {name: numbers[key] for name in names if (key := f"{edge}/{which}{name}") in numbers}
+        for which in (MEAN, SPREAD)
+    )
+    return Smoothed(mean, spread)
 
 
-def facts_of(edges: Mapping[str, object], numbers: Mapping[str, float], longest: int) -> dict[str, Facts]:
+def facts_of(edges: Iterable[str], numbers: Mapping[str, float], longest: int) -> dict[str, Facts]:
     """What is known of each edge; of one that has told nothing yet, rows of full length and a fair share."""
-    told = {edge: _told(edge, "", numbers) for edge in edges}
-    held = {edge: _told(edge, CLASS, numbers) or {"all": told[edge].get("rows", 0.0)} for edge in edges}
+    classes: dict[str, dict[str, float]] = {edge: {} for edge in edges}
+    for name, count in numbers.items():
+        edge, told, label = name.rpartition(f"/{CLASS}")
+        if told and edge in classes:
+            classes[edge][label] = count
+    held = {edge: counts or {"all": numbers.get(f"{edge}/rows", 0.0)} for edge, counts in classes.items()}
     whole: dict[str, float] = {}
     for counts in held.values():
         for label, count in counts.items():
             whole[label] = whole.get(label, 0.0) + count
     found = {}
-    for edge, own in told.items():
-        parts = [count / whole[label] for label, count in held[edge].items() if whole[label]]
-        share = math.fsum(parts) / len(whole) if "rows" in own and parts else 1 / len(edges)
-        found[edge] = Facts(
-            int(own.get("rows", 0)), own.get("tokens", longest), int(own.get("longest", longest)),
-            own.get("terms", longest), share,
-        )  # fmt: skip
+    for edge, counts in held.items():
+        parts = [count / whole[label] for label, count in counts.items() if whole[label]]
+        rows = numbers.get(f"{edge}/rows")
+        share = math.fsum(parts) / len(whole) if rows is not None and parts else 1 / len(held)
+        tokens, most, terms = (numbers.get(f"{edge}/{name}", longest) for name in ("tokens", "longest", "terms"))
+        found[edge] = Facts(int(rows or 0), tokens, int(most), terms, share)
     return found
 
 
 def calibrations_of(edge: str, numbers: Mapping[str, float]) -> dict[int, Calibration]:
     """What an edge measured of itself, by bits."""
-    found = {bits: Calibration.of(_told(edge, f"{CALIBRATION}{bits}.", numbers)) for bits in (4, 8, 16)}
-    return {bits: one for bits, one in found.items() if one is not None}
+    found = {}
+    for bits in (4, 8, 16):
+        start = f"{edge}/{CALIBRATION}{bits}."
+        told = {name: numbers[start + name] for name in Calibration.names() if start + name in numbers}
+        if (one := Calibration.of(told)) is not None:
+            found[bits] = one
+    return found
+
+
+def scores_of(
+    facts: Mapping[str, Facts], numbers: Mapping[str, float], keys: Sequence[Key], *, scope: str, tie: Tie, plain: bool
+) -> dict[str, Array]:
+    """Importance [keys] by edge, of sum 1; all alike where not every key has a score yet. For all edges at once.
+
+    scope: local, each edge by its own scores, or global, by their mean. plain: scores that do not drift, without
+    AdaLoRA's uncertainty.
+    """
+    names, kinds, layers = [key.name for key in keys], {k.name: k.kind for k in keys}, {k.name: k.layer for k in keys}
+
+    def weights(told: Mapping[str, float]) -> Array:
+        whole = sum(told.values())
+        if not (all(name in told for name in names) and whole > 0):
+            return np.full(len(names), 1 / len(names))
+        own = importance.tied({name: told[name] for name in names}, tie, kinds, layers)
+        return np.array(list(own.values())) / sum(own.values())
+
+    seen = {edge: smoothed(edge, numbers, names) for edge in facts}
+    known = {edge: dict(found.mean) if plain else found.scores() for edge, found in seen.items()}
+    if scope == "local":
+        return {edge: weights(own) for edge, own in known.items()}
+    told = {edge: own for edge, own in known.items() if own}
+    mean = importance.mean_of_edges(told, {edge: facts[edge].rows for edge in told}) if told else {}
+    return dict.fromkeys(facts, weights(mean))
 
 
 def protected(planned: int, share: float, edges: int) -> int:
@@ -99,8 +139,3 @@ def protected(planned: int, share: float, edges: int) -> int:
     Ours: where the slowest edge held a third of the rows and most of one class, deadlines without a floor lost quality.
     """
     return min(planned, max(3, math.ceil(planned * min(1.0, share * edges - 1))))
-
-
-def _told(edge: str, prefix: str, numbers: Mapping[str, float]) -> dict[str, float]:
-    start = f"{edge}/{prefix}"
-    return {name.removeprefix(start): value for name, value in numbers.items() if name.startswith(start)}

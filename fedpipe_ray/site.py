@@ -150,6 +150,8 @@ class Site:
         if self.method.base == "none":
             return Ready(self.name, {}, "", "cpu")
         self.progress.status = "loading"
+        first_bits = getattr(self.method, "first_bits", None)  # of methods that choose them
+        self.bits = first_bits(self) if first_bits else 16
         device = str(self.base.device)
         ready = Ready(self.name, self.data.counts, self.data.fingerprint, device)
         self.progress.status = "ready"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from fedpipe_ray.facts import facts_of, learn, protected, smoothed
+from fedpipe_ray.facts import facts_of, learn, protected, scores_of, smoothed
+from fedpipe_ray.planning import Key
 
 EDGES = dict.fromkeys(("a", "b"))
 
@@ -45,7 +48,30 @@ def test_scores_are_smoothed_and_facts_replaced() -> None:
     """I' = 0.15 x 2 = 0.3, U' = 0.15 x (2 - 0.3) = 0.255; then I' = 0.85 x 0.3 + 0.3 = 0.555, U' as below."""
     numbers: dict[str, float] = {}
     learn("a", {"rows": 5.0, "score.x.q_proj": 2.0}, numbers)
-    assert smoothed("a", numbers).scores()["x.q_proj"] == pytest.approx(0.3 * 0.255)
+    assert smoothed("a", numbers, ["x.q_proj"]).scores()["x.q_proj"] == pytest.approx(0.3 * 0.255)
     learn("a", {"rows": 6.0, "score.x.q_proj": 2.0}, numbers)
     assert numbers["a/rows"] == 6
-    assert smoothed("a", numbers).scores()["x.q_proj"] == pytest.approx(0.555 * (0.85 * 0.255 + 0.15 * 1.445))
+    after = smoothed("a", numbers, ["x.q_proj"]).scores()
+    assert after["x.q_proj"] == pytest.approx(0.555 * (0.85 * 0.255 + 0.15 * 1.445))
+
+
+def test_scores_are_local_or_the_mean_and_equal_until_all_are_known() -> None:
+    """a has told 1 and 3 over 10 rows, b 3 and 1 over 30, c nothing; layers apart, so `none` leaves no difference."""
+    keys = [Key(f"{layer}.q", "q", layer, 8, 8) for layer in range(2)]
+    numbers = {
+        "a/rows": 10.0,
+        "b/rows": 30.0,
+        "a/mean.0.q": 1.0,
+        "a/mean.1.q": 3.0,
+        "b/mean.0.q": 3.0,
+        "b/mean.1.q": 1.0,
+    }
+    facts = facts_of(("a", "b", "c"), numbers, 96)
+    kinds = [replace(key, kind=key.name) for key in keys]
+    local = scores_of(facts, numbers, kinds, scope="local", tie="kind", plain=True)
+    assert {edge: found.tolist() for edge, found in local.items()} == {
+        "a": [0.25, 0.75], "b": [0.75, 0.25], "c": [0.5, 0.5]
+    }  # fmt: skip
+    mean = scores_of(facts, numbers, kinds, scope="global", tie="kind", plain=True)
+    assert all(found.tolist() == [0.625, 0.375] for found in mean.values())
+    assert scores_of(facts, numbers, keys, scope="local", tie="kind", plain=True)["a"].tolist() == [0.5, 0.5]

@@ -14,7 +14,8 @@ from runs import here, load, tensors
 from toys import llama
 
 from fedpipe_ray import lora
-from fedpipe_ray.demands import demand_of
+from fedpipe_ray.attention import attention_of
+from fedpipe_ray.demands import base_bytes, demand_of, kinds_of, layers_of
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import facts_of
 from fedpipe_ray.fleet import SerialFleet
@@ -118,6 +119,25 @@ def test_the_paper_preset_adapts_attention_alone(run_file: Path) -> None:
     assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
+def test_what_paper_does_not_know_of_a_model_is_told() -> None:
+    assert attention_of(["h.0.attn.c_attn", "h.0.attn.c_proj", "h.0.mlp.c_proj"]) == ["c_attn", "attn.c_proj"]
+    with pytest.raises(UserError, match=r"paper knows q_proj, v_proj; name method\.targets"):
+        attention_of(["layers.0.mixer.q_proj", "layers.0.mixer.v_proj", "layers.0.mixer.merge"])
+
+
+def test_kinds_are_places_in_a_layer() -> None:
+    """BERT calls four linear layers `dense`, GPT-2 two `c_proj`."""
+    parts = ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
+    names = [*(f"bert.encoder.layer.{i}.{part}" for i in range(2) for part in parts), "bert.pooler.dense"]
+    kinds, layers = kinds_of(names), layers_of(names)
+    own = ["query", "attention.output.dense", "intermediate.dense", "output.dense"]
+    assert [kinds[name] for name in names] == own + own + ["pooler.dense"]
+    assert [layers[name] for name in names] == [0] * 4 + [1] * 5
+    names = [f"h.{i}.{part}" for i in range(2) for part in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+    assert list(kinds_of(names).values()) == ["c_attn", "attn.c_proj", "mlp.c_proj"] * 2
+    assert set(kinds_of([f"layers.0.experts.{i}.up_proj" for i in range(4)]).values()) == {"up_proj"}
+
+
 @pytest.mark.parametrize("score", ["gradient", "svd", "sensitivity", "sigma", "random"])
 def test_every_candidate_is_scored_also_those_not_selected(run_file: Path, score: str) -> None:
     _, method, fleet, server = made(run_file, f", score: {score}, preset: paper, targets: all-linear")
@@ -161,6 +181,14 @@ def test_an_edge_evaluates_in_the_bits_it_trained_in_also_when_it_is_new(run_fil
     assert server.bits == 16
 
 
+def test_an_edge_never_holds_more_bits_than_it_may_or_has_room_for(run_file: Path) -> None:
+    _, _, fleet, _ = made(run_file, ", bits: [4, 8]")
+    assert {site.bits for site in fleet.sites.values()} == {8}
+    room = base_bytes(fleet.sites["a"].bare(), 8, classifier=False)
+    _, _, fleet, _ = made(run_file, "", f"fleet.edges.a.training_memory_bytes={room}")
+    assert {name: site.bits for name, site in fleet.sites.items()} == {"a": 8, "b": 16, "c": 16}
+
+
 def test_a_model_that_cannot_be_packed_says_which_layers_it_has() -> None:
     from fedpipe_ray.model import require_packed
 
@@ -169,7 +197,6 @@ def test_a_model_that_cannot_be_packed_says_which_layers_it_has() -> None:
 
 
 def test_base_bytes_are_those_of_the_loaded_model(run_file: Path) -> None:
-    from fedpipe_ray.demands import base_bytes
     from fedpipe_ray.model import stored_bytes
 
     *_, server = made(run_file)
@@ -241,6 +268,7 @@ def test_plan_prints_and_writes_what_each_edge_gets_and_trains_nothing(
         (["method={name: fedpipe, bits: [5]}"], "method.bits: [5] must be some of 4, 8 and 16"),
         (["method={name: fedpipe, targets: [q_prj]}"], "method.targets: no module q_prj; there are"),
         (["method={name: fedpipe, deadline_seconds: 0}"], "method.deadline_seconds: 0.0 must be above 0"),
+        (["method={name: fedpipe, penalty: -1}"], "method.penalty: -1.0 must be at least 0"),
         (
             ["method={name: fedpipe}", "fleet.edges.b.training_memory_bytes=1MiB"],
             "edge b: rank 1 on one weight at 8 bits and batch 1 needs ",

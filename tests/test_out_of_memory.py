@@ -87,7 +87,7 @@ def test_a_survey_asks_again_with_less_and_then_says_who_has_no_room(
     _, method, fleet, server = cramped(run_file)
     with pytest.raises(UserError, match="edge a: out of memory: a test's"):
         method.survey(fleet, server)
-    assert "planned were 129; it now gets 16 bits and batch 2, not 16 and 4" in caplog.text
+    assert "planned were 129; it now gets 16 bits, batch 2, 112 ranks in all, not 16 bits, batch 4, 112" in caplog.text
     assert "its plan is the smallest there is" in caplog.text
 
 

@@ -20,6 +20,7 @@ from fedpipe_ray.planning import (
     count_steps,
     exact,
     greedy,
+    median_deadline,
     plan,
     search_deadline,
     uniform,
@@ -153,7 +154,18 @@ def test_best_takes_one_rank_that_a_share_of_the_deadline_sends() -> None:
     assert (found.ranks, found.steps) == ({"0.v": 4, "1.v": 4}, 19)
     assert best(QV, edge, QV_SCORES, 50.0, min_rank=2).ranks == {key.name: 2 for key in QV}
     assert best(QV, edge, QV_SCORES, 50.0, communication_share=0.5).ranks == {key.name: 4 for key in QV}
-    assert best(QV, edge, QV_SCORES, 4.0).ranks == {"0.v": 1, "1.v": 1}  # nothing can be sent in 1 s: the least
+    late = best(
+        QV, edge, QV_SCORES, 4.0
+    )  # 3 steps end after 4 + 6 s at the soonest, a quarter of which sends the least
+    assert late.ranks == {"0.v": 1, "1.v": 1}
+    assert best(QV, replace(edge, min_steps=30, max_steps=80), QV_SCORES, 4.0).ranks == {key.name: 4 for key in QV}
+    assert best(QV, replace(edge, steps=30), QV_SCORES, 4.0, steps="equal").ranks == {key.name: 4 for key in QV}
+
+
+def test_the_median_deadline_is_kept_by_half_of_the_edges() -> None:
+    """1, 2 and 6 s a step, 10 steps: 20 s."""
+    edges = [demand([choice(4, step_seconds=s)], edge=f"e{s}") for s in (1.0, 2.0, 6.0)]
+    assert median_deadline(lambda deadline: plan(QV, edges, QV_SCORES, deadline)) == 20
 
 
 def test_best_takes_the_most_bits_at_the_reference_batch() -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
 
 from fedpipe_ray.config import to_yaml
@@ -99,9 +98,9 @@ def survey(
     if not options.memory_from_profiles:
         demands = [dataclasses.replace(one, capacity_bytes=math.inf) for one in demands]
     facts = facts_of(edges, state.numbers, run.data.max_length)
-    scores = {edge: np.array(list(method.scores(edge, state, shape, facts).values())) for edge in edges}
+    scores = method.scores(state, facts, server)
     surrogate = Surrogate(
-        shape.keys, demands, scores, edges, Budget(options.latency, options.bytes), lam=method.penalty,
+        shape.keys, demands, scores, edges, Budget(options.latency, options.bytes), lam=method.of("penalty"),
         steps=method.of("steps"), rank=method.rank, sent=DTYPES[run.wire.dtype].itemsize,
     )  # fmt: skip
     for share in DEADLINES:

@@ -17,18 +17,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from fedpipe_ray import importance, lora, planning
+from fedpipe_ray import lora, planning
+from fedpipe_ray.attention import attention_of
 from fedpipe_ray.calibrate import fitted
-from fedpipe_ray.demands import Shape, demand_of, shape_of
+from fedpipe_ray.demands import Shape, base_bytes, demand_of, shape_of
 from fedpipe_ray.errors import UserError
-from fedpipe_ray.facts import CALIBRATION, Facts, calibrations_of, facts_here, facts_of, learn, protected, smoothed
+from fedpipe_ray.facts import CALIBRATION, Facts, calibrations_of, facts_here, facts_of, learn, protected, scores_of
 from fedpipe_ray.message import Message
 from fedpipe_ray.partial import TAIL, Join, joined, misfit, part_of, whole_of
 from fedpipe_ray.planning import EdgePlan
@@ -46,11 +47,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedpipe")
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "q_lin", "k_lin", "v_lin", "out_lin",
-             "c_attn", "attention.output.dense", "attn.c_proj", "query_key_value", "out_proj")  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {
-    "best": {"score": "gradient", "tie": "kind", "solver": "best", "steps": "filled", "weigh": "equal"},
-    "paper": {"score": "svd", "tie": "none", "solver": "greedy", "steps": "equal", "weigh": "paper"},
+    "best": {"score": "gradient", "tie": "kind", "solver": "best", "steps": "filled", "weigh": "equal", "penalty": 1.0},
+    "paper": {"score": "svd", "tie": "none", "solver": "greedy", "steps": "equal", "weigh": "paper", "penalty": 10.0},
 }
 
 
@@ -60,7 +59,7 @@ class FedPipe(LoraMethod):
 
     rank, alpha: of the global adapter; the scale alpha / rank is every edge's. targets: the candidates (null: all
     linear weights; attention alone with `preset: paper`). preset: what measured better, or our reading of the paper.
-    score, tie, solver, steps, weigh: null = the preset's. scope: each edge by its own scores, or by the fleet's.
+    score, tie, solver, steps, weigh, penalty: null = the preset's. scope: each edge by its own scores, or the fleet's.
     refresh_every: rounds between scorings. bits: what an edge may use. deadline_seconds: of a round on fleet.clock
     (null: searched). communication: share of it that the upload may take. penalty: lambda, of the under-training rate.
     step_ratio: most steps of an edge over the fewest, and over those that local.steps plans. depth: whether a slow edge
@@ -82,7 +81,7 @@ class FedPipe(LoraMethod):
     bits: list[int] | None = None
     deadline_seconds: float | None = None
     communication: float = 0.25
-    penalty: float = 1.0
+    penalty: float | None = None
     step_ratio: float = 8.0
     depth: bool = False
     join: Join = "stack"
@@ -96,6 +95,7 @@ class FedPipe(LoraMethod):
         require(self.refresh_every >= 1, f"method.refresh_every: {self.refresh_every} must be at least 1")
         require(self.step_ratio >= 1, f"method.step_ratio: {self.step_ratio} must be at least 1")
         require(0 < self.communication <= 1, f"method.communication: {self.communication} must lie in (0, 1]")
+        require(self.penalty is None or self.penalty >= 0, f"method.penalty: {self.penalty} must be at least 0")
         deadline = self.deadline_seconds
         require(deadline is None or deadline > 0, f"method.deadline_seconds: {deadline} must be above 0")
 
@@ -108,10 +108,7 @@ class FedPipe(LoraMethod):
         """The global adapter: `rank` on every candidate."""
         chosen = self.targets
         if chosen is None and self.preset == "paper":
-            names = [name for name, _ in site.bare().named_modules()]
-            chosen = [t for t in ATTENTION if any(f".{n}".endswith(f".{t}") for n in names)] or None
-            if chosen is None:
-                raise UserError("method.preset: paper knows no attention weights of this model; name method.targets")
+            chosen = attention_of(name for name, _ in site.bare().named_modules())
         targets = ("all-linear",) if chosen is None else (chosen,) if isinstance(chosen, str) else tuple(chosen)
         return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
 
@@ -125,10 +122,8 @@ class FedPipe(LoraMethod):
         shape: Shape = server.memo["shape"]
         return shape
 
-    def demands(
-        self, state: Message, edges: Mapping[str, Profile], server: Site, most: float = math.inf
-    ) -> list[planning.Demand]:
-        """What every edge may do, by what it told. most: steps of one that need not do more."""
+    def demands(self, state: Message, edges: Mapping[str, Profile], server: Site) -> list[planning.Demand]:
+        """What every edge may do, by what it told."""
         shape, local = self.shape(server), server.run.local
         facts = facts_of(edges, state.numbers, server.run.data.max_length)
         depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
@@ -139,7 +134,7 @@ class FedPipe(LoraMethod):
             found.append(demand_of(
                 edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
                 bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned, min_steps=floor,
-                max_steps=max(floor, math.ceil(min(most, self.step_ratio * planned))),
+                max_steps=max(floor, math.ceil(self.step_ratio * planned)),
                 correction=state.numbers.get(f"{edge}/memory", 1.0),
                 capacity_bytes=state.numbers.get(f"{edge}/capacity", math.inf),
                 measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
@@ -159,12 +154,12 @@ class FedPipe(LoraMethod):
         """(deadline in seconds of fleet.clock, plans of all edges). Raises UserError for an edge that nothing fits."""
         shape, local = self.shape(server), server.run.local
         facts = facts_of(edges, state.numbers, server.run.data.max_length)
-        scores = {edge: np.array(list(self.scores(edge, state, shape, facts).values())) for edge in edges}  # [keys]
+        scores, whole = self.scores(state, facts, server), self.demands(state, edges, server)
         planned = {edge: steps_of(local, fact.rows) for edge, fact in facts.items()}
 
         def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
-            demands = self.demands(state, edges, server, most)
-            known: dict[str, Any] = {"steps": self.of("steps"), "lam": self.penalty}
+            demands = [replace(one, max_steps=max(one.min_steps, math.ceil(min(most, one.max_steps)))) for one in whole]
+            known: dict[str, Any] = {"steps": self.of("steps"), "lam": self.of("penalty")}
             if self.plans is not None:
                 return {
                     one.edge: planning.given(
@@ -181,9 +176,10 @@ class FedPipe(LoraMethod):
             return plans(deadline, self.step_ratio * fewest / local.batch, solver)
 
         try:
-            deadline = self.deadline_seconds
-            if deadline is None:  # exact plans are a second each: the search does with greedy ones
-                quick = "greedy" if self.of("solver") == "exact" else self.of("solver")
+            deadline, quick = self.deadline_seconds, "greedy" if self.of("solver") == "exact" else self.of("solver")
+            if deadline is None and self.of("steps") == "equal":  # all do what is planned, whenever that ends
+                deadline = planning.median_deadline(partial(plans, solver=quick))
+            elif deadline is None:  # exact plans are a second each: the search does with greedy ones
                 rows = sum(planned.values()) * local.batch if self.of("steps") == "filled" else math.inf
                 deadline, _ = planning.search_deadline(partial(bounded, solver=quick), rows)
             chosen = bounded(deadline)
@@ -200,7 +196,7 @@ class FedPipe(LoraMethod):
     def order_numbers(self, found: EdgePlan, state: Message, server: Site) -> dict[str, float]:
         """A plan's scalars, and whether the edge measures itself: not in these bits yet, on fewer rows or weights."""
         known = calibrations_of(found.edge, state.numbers).get(found.bits)
-        longest = facts_of({found.edge: None}, state.numbers, server.run.data.max_length)[found.edge].longest
+        longest = int(state.numbers.get(f"{found.edge}/longest", server.run.data.max_length))
         rows = math.ceil(found.batch / min(found.batch, server.run.local.accumulate))
         far = known is None or rows * longest > known.tokens or len(found.ranks) > known.weights
         needed = server.run.fleet.clock == "real" or found.capacity_bytes < math.inf
@@ -212,22 +208,12 @@ class FedPipe(LoraMethod):
         """What `configure` gives once every edge has told its facts and scores; nothing is trained. UserError."""
         return self.configure(surveyed(self, fleet, server), fleet.edges, server)
 
-    def scores(self, edge: str, state: Message, shape: Shape, facts: Mapping[str, Facts]) -> dict[str, float]:
-        """Importance of every key for one edge; all alike before the first scoring."""
-        plain = self.of("score") in ("gradient", "random")  # uncertainty is AdaLoRA's, and of scores that drift
-        seen = {other: smoothed(other, state.numbers) for other in facts}
-        known = {other: dict(found.mean) if plain else found.scores() for other, found in seen.items()}
-        found = known[edge]
-        if self.scope == "global":
-            known = {other: own for other, own in known.items() if own}
-            found = importance.mean_of_edges(known, {e: facts[e].rows for e in known}) if known else {}
-        kinds = {key.name: key.kind for key in shape.keys}
-        layers = {key.name: key.layer for key in shape.keys}
-        if found.keys() != kinds.keys() or not sum(found.values()) > 0:
-            return dict.fromkeys(kinds, 1.0)
-        found = importance.tied({name: found[name] for name in kinds}, self.of("tie"), kinds, layers)
-        whole = sum(found.values())
-        return {name: value / whole for name, value in found.items()}
+    def scores(self, state: Message, facts: Mapping[str, Facts], server: Site) -> dict[str, planning.Array]:
+        """Importance [keys] of every candidate by edge."""
+        return scores_of(
+            facts, state.numbers, self.shape(server).keys, scope=self.scope, tie=self.of("tie"),
+            plain=self.of("score") in ("gradient", "random"),
+        )  # fmt: skip
 
     def plan(
         self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
@@ -268,13 +254,24 @@ class FedPipe(LoraMethod):
                 log.warning("edge %s ran out of memory (it %s), and its plan is the smallest there is", edge, told)
                 continue
             found |= raised
+            given, before = (f"{p.bits} bits, batch {p.batch}, {sum(p.ranks.values())} ranks" for p in (now, planned))
             log.warning(
-                "edge %s ran out of memory: it %s, planned were %.0f; it now gets %d bits and batch %d, not %d and %d",
-                edge, told, planned.memory_bytes / 2**20, now.bits, now.batch, planned.bits, planned.batch,
+                "edge %s ran out of memory: it %s, planned were %.0f; it now gets %s in all, not %s",
+                edge, told, planned.memory_bytes / 2**20, given, before,
             )  # fmt: skip
         return found
 
     # -- on the edge
+
+    def first_bits(self, site: Site) -> int:
+        """The most that its base may have and its capacity holds, before any plan."""
+        allowed = sorted(self.bits or [16, 8, 4], reverse=True)
+        if site.profile.capacity_bytes == math.inf:
+            return allowed[0]
+        model, classifier = site.bare(), site.task == "classification"
+        return next(
+            (q for q in allowed if base_bytes(model, q, classifier) <= site.profile.capacity_bytes), allowed[-1]
+        )
 
     def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
         """The trained factors, facts about the rows, and every candidate's score where the order asks for it."""
@@ -309,7 +306,7 @@ class FedPipe(LoraMethod):
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """The global adapter, on a base in the bits in which this edge last trained; 16 on the server."""
-        site.hold(int(state.numbers.get(f"{site.name}/bits", 16)))
+        site.hold(int(state.numbers.get(f"{site.name}/bits", site.bits)))
         return super().weights(state, site)
 
     # -- on the server: aggregation

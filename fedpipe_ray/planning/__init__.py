@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import median
 
 import numpy as np
 
@@ -37,6 +38,7 @@ __all__ = [
     "exact",
     "given",
     "greedy",
+    "median_deadline",
     "plan",
     "search_deadline",
     "solution",
@@ -96,6 +98,11 @@ def search_deadline(
         if sum(one.steps * one.batch for one in tried[-1][1].values()) >= samples:
             return tried[-1]
     return max(tried, key=lambda one: _samples_per_second(one[1]))
+
+
+def median_deadline(plans: Callable[[float], Mapping[str, EdgePlan]]) -> float:
+    """The seconds that the planned steps of half of the edges take when nothing hurries them. Ours."""
+    return median(one.planned_seconds for one in plans(math.inf).values())
 
 
 def _samples_per_second(plans: Mapping[str, EdgePlan]) -> float:

@@ -24,10 +24,11 @@ def best(
 ) -> EdgePlan:
     """What a prototype measured to work: one rank for all weights, steps that fill the deadline. Ours.
 
-    The rank is the largest that fits and whose transfer takes at most communication_share of the deadline; where that
-    is below min_rank, whole kinds go, lowest score per cost first. Of the choices that keep the most, the largest batch
-    up to the reference (demand.batch, else the largest there is), then the most bits. A depth below all only if nothing
-    else fits, or if not FEW_STEPS steps do by the deadline. lam and gain only say what the plan's value is.
+    The rank is the largest that fits and whose transfer takes at most communication_share of the deadline, or of the
+    edge's own round where its fewest steps take longer; where that is below min_rank, whole kinds go, lowest score per
+    cost first. Of the choices that keep the most, the largest batch up to the reference (demand.batch, else the largest
+    there is), then the most bits. A depth below all only if nothing else fits, or if not FEW_STEPS steps do by the
+    deadline. lam and gain only say what the plan's value is.
     """
     if not (0 < communication_share <= 1 and min_rank >= 1):
         raise ValueError(f"communication_share {communication_share} must be in (0, 1], min_rank {min_rank} at least 1")
@@ -35,10 +36,13 @@ def best(
     choices = demand.choices
     reference = max(demand.batch or math.inf, min(c.batch for c in choices))
     order = sorted(range(len(choices)), key=lambda q: (-choices[q].batch, -choices[q].bits))
+    fewest = demand.steps if steps == "equal" else demand.min_steps
+    least = [demand.fixed_seconds + edge.batches(fewest, c.batch) * c.step_seconds for c in choices]
+    budget = [communication_share * max(deadline_seconds, seconds) for seconds in least]
     options = []  # one a depth, all layers first
     for depth in sorted({c.depth or math.inf for c in choices}, reverse=True):
         here = [q for q in order if (choices[q].depth or math.inf) == depth]
-        wide = {q: _widest(edge, q, scores, communication_share * deadline_seconds, min_rank) for q in here}
+        wide = {q: _widest(edge, q, scores, budget[q], min_rank) for q in here}
         fits = [q for q in here if wide[q][1].any()]
         if fits:  # the first of those that keep the most
             q = max(fits, key=lambda q: (choices[q].batch <= reference, *wide[q][0]))
