@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .beliefs import MEMORY
 from .errors import UserError
 from .facts import learn
 from .fleet import Fleet
@@ -43,7 +44,7 @@ def surveyed(method: FedPipe, fleet: Fleet, server: Site) -> Message:
         less = method.corrections(state, fleet.edges, overfull, server)
         silent = [lost.edge for lost in overfull]
         for lost in overfull:
-            if f"{lost.edge}/memory" not in less:
+            if f"{lost.edge}/{MEMORY}" not in less:
                 raise UserError(f"edge {lost.edge}: {lost.reason}")
         state = Message(state.tensors, numbers | less)
     return state

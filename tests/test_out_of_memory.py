@@ -9,6 +9,7 @@ import pytest
 import torch
 from fedpipe_made import made
 
+from fedpipe_ray import beliefs
 from fedpipe_ray.costs import Cost
 from fedpipe_ray.errors import AllEdgesLost, UserError
 from fedpipe_ray.fleet import SerialFleet
@@ -47,6 +48,30 @@ def test_an_edge_without_a_declared_capacity_shows_where_it_ends(run_file: Path)
     assert then["b"].memory_bytes <= numbers["b/capacity"]
     assert then["b"].batch < before["b"].batch
     assert (then["a"].batch, then["a"].ranks) == (before["a"].batch, before["a"].ranks)
+
+
+def test_a_round_that_takes_more_than_planned_is_planned_with_what_it_took(run_file: Path) -> None:
+    """Before it is above the capacity; what is above by 5 percent counts, and so does the factor from before."""
+    _, method, fleet, server = made(run_file, "", "fleet.edges.b.training_memory_bytes=1GiB")
+    state = method.start(server, rng_for(0, 0, "start"))
+    plan = method.configure(state, fleet.edges, server)[1]["b"]
+    took, numbers = int(0.99 * 2**30), {"b/memory": 2.0}
+    beliefs.told("b", plan, took, {}, numbers)
+    assert numbers == {"b/memory": pytest.approx(2 * 1.05 * took / plan.memory_bytes), "b/memory_bits": 16.0}
+    then = method.configure(Message(state.tensors, {"b/memory": numbers["b/memory"] / 2}), fleet.edges, server)[1]["b"]
+    assert (then.bits, then.batch) < (plan.bits, plan.batch)
+    for less in ({}, dict(numbers)):
+        before = dict(less)
+        beliefs.told("b", plan, int(plan.memory_bytes / 1.06), {}, less)
+        assert less == before
+
+
+def test_only_what_is_measured_in_the_same_bits_replaces_a_factor() -> None:
+    numbers = {"b/memory": 2.0, "b/memory_bits": 16.0}
+    beliefs.told("b", None, 0, {"calibration.4.bytes_token": 1.0}, numbers)
+    assert numbers["b/memory"] == 2
+    beliefs.told("b", None, 0, {"calibration.16.bytes_token": 1.0}, numbers)
+    assert "b/memory" not in numbers
 
 
 @pytest.mark.parametrize("took", [0, 1, 2**40])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from fedpipe_ray import lora, planning
+from fedpipe_ray import beliefs, lora, planning
 from fedpipe_ray.attention import attention_of
 from fedpipe_ray.calibrate import fitted
 from fedpipe_ray.demands import Shape, base_bytes, demand_of, shape_of
@@ -135,10 +135,8 @@ class FedPipe(LoraMethod):
                 edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
                 bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned, min_steps=floor,
                 max_steps=max(floor, math.ceil(self.step_ratio * planned)),
-                correction=state.numbers.get(f"{edge}/memory", 1.0),
-                capacity_bytes=state.numbers.get(f"{edge}/capacity", math.inf),
                 measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
-                accumulate=local.accumulate,
+                accumulate=local.accumulate, **beliefs.believed(edge, state.numbers),
             ))  # fmt: skip
         return found
 
@@ -220,6 +218,7 @@ class FedPipe(LoraMethod):
     ) -> dict[str, Message]:
         """Each edge's leading triplets to train, what acts frozen beside them, and its bits, batch and steps."""
         _, plans = self.configure(state, edges, server)
+        server.memo["plans"] = plans
         fresh: dict[str, torch.Tensor] = {}
         if self.join == "increment":
             shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items() if ".lora_" in name}
@@ -244,10 +243,7 @@ class FedPipe(LoraMethod):
         _, plans = self.configure(state, edges, server)
         for lost in overfull:
             edge, planned, took = lost.edge, plans[lost.edge], lost.cost.training_memory_bytes
-            limit = planned.capacity_bytes if planned.capacity_bytes < math.inf else took or planned.memory_bytes
-            factor = max(1.1, took / planned.memory_bytes, 1.001 * limit / planned.memory_bytes)  # so it does not fit
-            factor *= state.numbers.get(f"{edge}/memory", 1.0)
-            raised = {f"{edge}/memory": factor, f"{edge}/capacity": max(limit, planned.memory_bytes)}
+            raised = beliefs.exceeded(edge, planned, took, state.numbers)
             _, after = self.configure(Message(state.tensors, {**state.numbers, **raised}), edges, server)
             now, told = after[edge], f"took {took / 2**20:.0f} MiB" if took else "did not say what it took"
             if (now.bits, now.batch, now.ranks) == (planned.bits, planned.batch, planned.ranks):
@@ -334,8 +330,8 @@ class FedPipe(LoraMethod):
         for report, message in arrivals(noted(), partial(misfit, state=state.tensors)):
             updates[report.edge], samples[report.edge] = message, report.weight
             learn(report.edge, message.numbers, numbers)
-            if any(name.startswith(CALIBRATION) for name in message.numbers):
-                numbers.pop(f"{report.edge}/memory", None)  # it corrected what is now measured
+            plan, took = server.memo.get("plans", {}).get(report.edge), report.cost.training_memory_bytes
+            beliefs.told(report.edge, plan, took, message.numbers, numbers)
         if overfull:
             edges = {edge: server.run.fleet.edges[edge] for edge in asked}
             numbers |= self.corrections(state, edges, overfull, server)

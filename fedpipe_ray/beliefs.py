@@ -1,0 +1,50 @@
+"""What the server believes of an edge's memory beyond costs and calibrations: what rounds showed these to be off by.
+
+In a state's numbers: `EDGE/memory`, a factor of all the bytes planned for the edge; `EDGE/memory_bits`, the bits of the
+round that told it; `EDGE/capacity`, what an edge without a declared capacity could not go beyond. Ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from .facts import CALIBRATION
+from .planning import EdgePlan
+
+HEADROOM = 1.05  # rounds of one plan differ by about this much in what a CPU process takes
+MEMORY, BITS, CAPACITY = "memory", "memory_bits", "capacity"
+
+
+def believed(edge: str, numbers: Mapping[str, float]) -> dict[str, Any]:
+    """The arguments of `demand_of` that say so."""
+    return {
+        "correction": numbers.get(f"{edge}/{MEMORY}", 1.0),
+        "capacity_bytes": numbers.get(f"{edge}/{CAPACITY}", math.inf),
+    }
+
+
+def told(edge: str, plan: EdgePlan | None, took: int, update: Mapping[str, float], numbers: dict[str, float]) -> None:
+    """Takes a round that took `took` bytes into a state's numbers. plan: what it was, if anybody knows.
+
+    An edge that measured itself anew in those bits has told more than the factor could. One that did not, and took more
+    than planned, is planned with what it took, before that is more than it has.
+    """
+    measured = {int(name[len(CALIBRATION) :].partition(".")[0]) for name in update if name.startswith(CALIBRATION)}
+    if measured:
+        if numbers.get(f"{edge}/{BITS}") in measured:
+            numbers.pop(f"{edge}/{MEMORY}", None)
+    elif plan is not None and plan.capacity_bytes < math.inf and HEADROOM * took > plan.memory_bytes:
+        numbers |= _factor(edge, plan, HEADROOM * took / plan.memory_bytes, numbers)
+
+
+def exceeded(edge: str, plan: EdgePlan, took: int, numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers with which a plan that ran out of memory does not fit any more. took: bytes, 0 if unknown."""
+    limit = plan.capacity_bytes if plan.capacity_bytes < math.inf else took or plan.memory_bytes
+    factor = max(1.1, took / plan.memory_bytes, 1.001 * limit / plan.memory_bytes)
+    return {**_factor(edge, plan, factor, numbers), f"{edge}/{CAPACITY}": max(limit, plan.memory_bytes)}
+
+
+def _factor(edge: str, plan: EdgePlan, more: float, numbers: Mapping[str, float]) -> dict[str, float]:
+    return {f"{edge}/{MEMORY}": more * numbers.get(f"{edge}/{MEMORY}", 1.0), f"{edge}/{BITS}": float(plan.bits)}
