@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -25,11 +24,11 @@ from .costs import ADAM_BYTES, parameters_of, place
 from .facts import Facts
 from .message import DTYPES
 from .model import head_names, stored_bytes
+from .places import LAYER, kinds_of, layers_of
 from .planning import Choice, Demand, Key
 from .settings import Profile
 
 BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
-LAYER = re.compile(r"\.(\d+)\.")
 CONTEXT = 128 * 2**20  # bytes an uncalibrated CPU process may grow by whatever the model: scratch, arenas, mapped rows
 
 
@@ -71,34 +70,6 @@ def keys_of(model: Any, spec: lora.LoraSpec) -> tuple[Key, ...]:
             shapes.setdefault(lora.module_of(name), {})[factor] = tuple(parameter.shape)
     kinds, layers = kinds_of(shapes), layers_of(shapes)
     return tuple(Key(name, kinds[name], layers[name], pair["a"][1], pair["b"][0]) for name, pair in shapes.items())
-
-
-def kinds_of(names: Iterable[str]) -> dict[str, str]:
-    """Of weights by name: the place in a layer, without numbers, in as few last parts as tell it from the others.
-
-    q_proj of Llama; attn.c_proj and mlp.c_proj of GPT-2, whose last parts alone would make them one kind.
-    """
-    places = {}
-    for name in names:
-        number = LAYER.search(f".{name}.")
-        inside = name[number.end() - 1 :] if number else name
-        places[name] = tuple(part for part in inside.split(".") if not part.isdigit())
-    distinct = set(places.values())
-
-    def short(place: tuple[str, ...]) -> str:
-        ends = (place[-count:] for count in range(1, len(place)))
-        return ".".join(next((end for end in ends if sum(o[-len(end) :] == end for o in distinct) == 1), place))
-
-    return {name: short(place) for name, place in places.items()}
-
-
-def layers_of(names: Iterable[str]) -> dict[str, int]:
-    """The first number in each name, in the model's order; of one without, such as a pooler, that of the one before."""
-    found, last = {}, 0
-    for name in names:
-        number = LAYER.search(f".{name}.")
-        found[name] = last = int(number[1]) if number else last
-    return found
 
 
 def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) -> Shape:

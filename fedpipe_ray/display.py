@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .config import edge_data
+from .places import kinds_of
 from .planning import EdgePlan
 from .settings import Run
 
@@ -239,9 +240,10 @@ def plan_table(deadline: float, plans: Mapping[str, EdgePlan]) -> Table:
         "edge", "bits", "batch", "steps", "ranks", "weights", "seconds", "MiB of", "capacity", "under-trained"
     ):  # fmt: skip
         table.add_column(name, justify="left" if name in ("edge", "weights") else "right", overflow="fold")
+    kinds_by_name = kinds_of({name: None for plan in plans.values() for name in plan.ranks})
     for edge, plan in plans.items():
         ranks = sorted(set(plan.ranks.values()))
-        kinds = Counter(name.rpartition(".")[2] for name in plan.ranks)
+        kinds = Counter(kinds_by_name[name] for name in plan.ranks)
         table.add_row(
             edge, str(plan.bits), str(plan.batch), str(plan.steps), "-".join(map(str, ranks[:1] + ranks[1:][-1:])),
             " ".join(f"{kind} {count}" for kind, count in kinds.items()), number(plan.seconds, 2),

@@ -15,7 +15,7 @@ from toys import llama
 
 from fedpipe_ray import lora
 from fedpipe_ray.attention import attention_of
-from fedpipe_ray.demands import base_bytes, demand_of, kinds_of, layers_of
+from fedpipe_ray.demands import base_bytes, demand_of
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import facts_of
 from fedpipe_ray.fleet import SerialFleet
@@ -24,6 +24,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.methods.fedpipe import FedPipe
 from fedpipe_ray.partial import TAIL, joined, misfit, names_of, part_of, whole_of
+from fedpipe_ray.places import kinds_of, layers_of
 from fedpipe_ray.probe import ranks_of
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.record import RunFolder

@@ -128,7 +128,7 @@ def test_the_plan_by_layer_and_weight(tmp_path: Path) -> None:
     figure: Any = figures.plan(History.read(place))
     assert [button["label"] for button in figure.layout.updatemenus[0].buttons] == ["a: bits 8", "b: bits 4"]
     assert [[list(row) for row in trace.z] for trace in figure.data] == [[[4], [0]], [[0], [2]]]
-    assert figure.data[0].x == ("self_attn.q_proj",)
+    assert figure.data[0].x == ("q_proj",)
 
 
 def test_a_large_fleet_stays_readable(tmp_path: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plotly import graph_objects as go
 from plotly.colors import qualitative
 
+from fedpipe_ray.places import kinds_of, layers_of
 from fedpipe_ray.plan_lines import gathered
 
 from .groups import grouped
@@ -94,7 +94,7 @@ def plan(history: History) -> go.Figure | None:
     told = distinct({edge: one for edge, one in history.planned.items() if one.get("ranks")})
     if not told:
         return None
-    grids = {edge: grid(one["ranks"]) for edge, one in told.items()}
+    grids = grids_of({edge: one["ranks"] for edge, one in told.items()})
     kinds = list(dict.fromkeys(kind for _, found, _ in grids.values() for kind in found))
     layers = sorted({layer for found, _, _ in grids.values() for layer in found})
     highest = max(max(one["ranks"].values()) for one in told.values())
@@ -125,10 +125,11 @@ def importance(history: History) -> go.Figure | None:
             continue
         known |= line["scores"]
         sums: dict[str, list[float]] = {}
+        kinds = kinds_of({module: None for scores in known.values() for module in scores})
         for scores in known.values():
             whole = sum(scores.values()) or 1.0
             for module, value in scores.items():
-                sums.setdefault(place_of(module)[1], []).append(value / whole)
+                sums.setdefault(kinds[module], []).append(value / whole)
         for kind, values in sums.items():
             courses.setdefault(kind, []).append((line["round"], 100 * sum(values) / len(known)))
     if not courses:
@@ -244,17 +245,18 @@ def capacity_mib(profile: Mapping[str, Any]) -> float | None:
     return float(limit) / 2**20 if limit else None
 
 
-def place_of(module: str) -> tuple[int, str]:
-    """(layer, kind) of a module's name: the first number in it, and its last parts without numbers."""
-    layer = re.search(r"\.(\d+)\.", module)
-    after = module[layer.end() :] if layer else module
-    return int(layer[1]) if layer else 0, ".".join(part for part in after.split(".") if not part.isdigit())
+Grid = tuple[list[int], list[str], dict[tuple[int, str], int]]
 
 
-def grid(ranks: Mapping[str, int]) -> tuple[list[int], list[str], dict[tuple[int, str], int]]:
-    """(layers, kinds, rank by layer and kind) of ranks by module."""
-    places = {place_of(module): rank for module, rank in ranks.items()}
-    return sorted({layer for layer, _ in places}), list(dict.fromkeys(kind for _, kind in places)), places
+def grids_of(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Grid]:
+    """(layers, kinds, rank by layer and kind) by edge, of ranks by edge and module."""
+    names = {module: None for own in ranks.values() for module in own}
+    kinds, layers = kinds_of(names), layers_of(names)
+    found = {}
+    for edge, own in ranks.items():
+        places = {(layers[module], kinds[module]): rank for module, rank in own.items()}
+        found[edge] = sorted({layer for layer, _ in places}), list(dict.fromkeys(kind for _, kind in places)), places
+    return found
 
 
 def described(edge: str, told: Mapping[str, Any]) -> str:
