@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fedpipe_against_baselines import COMMON, FLEET, ROOT, UNIFORM, memory
+from benchmarks.fedpipe_against_baselines import AG_NEWS, COMMON, FLEET, ROOT, UNIFORM
 from benchmarks.table import RESULTS, commit, publish
 
 CACHE = ROOT / "benchmarks" / ".cache" / "allocation_quality"
 DONE = RESULTS / "allocation_quality.jsonl"
 SETTINGS = [
-    *memory(1200, 800, 600, 400, 300), *COMMON, "local.steps=10", "local.batch=8", "local.lr=0.003",
+    *AG_NEWS, *COMMON, "local.steps=10", "local.batch=8", "local.lr=0.003",
     "evaluate.rows=100", "evaluate.every=5",
 ]  # fmt: skip
 ARMS = {
