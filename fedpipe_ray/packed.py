@@ -5,6 +5,7 @@ On a GPU a kept model saves packing it again and reading it in 16 bits; each pro
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -40,7 +41,10 @@ def packed(about: Mapping[str, Any], pack: Callable[[], tuple[Any, list[str]]], 
             _keep(model, {"lacking": lacking, "about": text}, folder)
         except (OSError, RuntimeError, ValueError) as error:  # no room, or a kind of model that cannot be saved packed
             log.info("%s: packed for this process alone (%s)", folder.parent, error)
+            gc.collect()
             return model, lacking
+        del model
+        gc.collect()  # what packing left in cycles holds the checkpoint's pages, all of its 16 or 32 bits
     try:
         return load(folder), json.loads((folder / NOTE).read_text())["lacking"]
     except (UserError, OSError, ValueError) as error:

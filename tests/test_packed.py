@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,18 @@ def test_a_kept_model_is_the_packed_one_and_its_memory_is_the_file(model_dir: Pa
         weight = base.model.model.layers[0].mlp.up_proj.weight
         assert Path(mapped_from(weight)).parent == folder
     assert torch.equal(first.model(TOKENS).logits, second.model(TOKENS).logits)
+
+
+def test_packing_lets_go_of_the_checkpoint(model_dir: Path, cache: Path) -> None:
+    """Whose pages would count as the process's until the next collection."""
+    gc.collect()
+    gc.disable()
+    try:
+        base = loaded(model_dir, 4)
+        assert str(model_dir / "model.safetensors") not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+    assert base.bits == 4
 
 
 def test_it_is_packed_once(model_dir: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
