@@ -6,17 +6,30 @@
 plan's own formulas, not measured; capacities, speeds and links are drawn anew in every repeat. In `one score a kind`
 the layers of a kind share their score. CPU seconds are of all threads. `below exact` is in percent of what the weights
 of the exact plan are worth, sum_m S_m g(r_m), because values may be near zero; `best` does not aim at the value.
+`a round`: all that FedPipe works out before one, from what the edges told: demands, scores, plans, and the search for
+the deadline where none is given.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from benchmarks.table import parser, publish
+from clusters import find_profiles
+from fedpipe_ray.config import load_run
+from fedpipe_ray.demands import Shape
+from fedpipe_ray.facts import MEAN, SPREAD
+from fedpipe_ray.message import Message
+from fedpipe_ray.methods.fedpipe import FedPipe
 from fedpipe_ray.planning import Choice, Demand, Key, plan
+from fedpipe_ray.settings import Profile
 
 REPEATS, SEED, EDGES, LAYERS, WIDTH, TOKENS, LAM = 3, 0, 100, 32, 4096, 256, 10.0
 SIZES = {"q_proj": (WIDTH, WIDTH), "k_proj": (WIDTH, 1024), "v_proj": (WIDTH, 1024), "o_proj": (WIDTH, WIDTH)}
@@ -51,10 +64,39 @@ def demand(number: int, rng: np.random.Generator) -> Demand:
     return Demand(f"e{number}", choices, capacity, 0.1, size * 4 * 8 * 1.5 / uplink, 8 * steps, steps, 3, 8 * steps, 8)
 
 
+def of_a_round(**settings: Any) -> float:
+    """Seconds of `configure` with such a method, on edges that have told rows and scores."""
+    shape = Shape(
+        tuple(replace(key, name=f"model.layers.{key.name}") for key in KEYS),
+        tuple(int(2.2e8 * layer) for layer in range(LAYERS + 1)), int(7.5e9),
+        {bits: int(gib * 2**30) for bits, gib in BASE_GIB.items()}, 4e5, 0, 4 * WIDTH * 14336, 0,
+    )  # fmt: skip
+    rng = np.random.default_rng(SEED)
+    edges = {
+        f"e{number}": Profile(
+            compute_flops=float(10 ** rng.uniform(13, 14)), uplink_bps=float(10 ** rng.uniform(7, 8)),
+            downlink_bps=2e8, gpu_memory_bytes=int(rng.choice([8, 12, 16, 24, 40]) * 2**30),
+        ) for number in range(EDGES)
+    }  # fmt: skip
+    numbers = {
+        f"{edge}/{name}": value
+        for edge in edges
+        for name, value in {
+            "rows": 500.0, "tokens": 80.0, "longest": 96.0, "terms": 90.0,
+            **{f"{which}{key.name}": float(rng.lognormal()) for key in shape.keys for which in (MEAN, SPREAD)},
+        }.items()
+    }  # fmt: skip
+    run = load_run(Path(__file__).parent.parent / "examples" / "quickstart.yaml", ["fleet.ray=false"], find_profiles)
+    server: Any = SimpleNamespace(run=run, memo={"shape": shape}, task="causal")  # all that `configure` asks of a site
+    began = time.perf_counter()
+    FedPipe(targets="all-linear", **settings).configure(Message({}, numbers), edges, server)
+    return time.perf_counter() - began
+
+
 def main() -> None:
     """Plans each fleet by each solver, at the deadline that half of its edges could keep without adapters."""
     parser(__doc__).parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in ("a score a weight", "one score a kind"):
         seconds: dict[str, list[float]] = {"best": [], "uniform": [], "greedy": [], "exact": []}
         cpu: dict[str, list[float]] = {name: [] for name in seconds}
@@ -85,6 +127,15 @@ def main() -> None:
             }
             for name in seconds
         ]  # fmt: skip
+    for name, settings in {
+        "a round, best, deadline searched": {}, "a round, paper": {"preset": "paper"},
+        "a round, greedy, deadline given": {"solver": "greedy", "tie": "none", "deadline_seconds": 30.0},
+    }.items():  # fmt: skip
+        taken = [of_a_round(**settings) for _ in range(REPEATS)]
+        rows.append({
+            **dict.fromkeys(rows[0], ""), "scores": "a score a weight", "solver": name,
+            "seconds, median": median(taken), "best": min(taken), "worst": max(taken),
+        })  # fmt: skip
     question = f"Planning {EDGES} edges, {len(KEYS)} weights, 12 choices an edge"
     publish("plan_speed", question, rows, repeats=REPEATS, seed=SEED, edges=EDGES, lam=LAM)
 
