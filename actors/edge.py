@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fedpipe_ray.costs import limit_gpu
 from fedpipe_ray.data import SourceFacts
 from fedpipe_ray.evaluate import Metrics
 from fedpipe_ray.fleet import Refused, guarded
@@ -40,10 +41,7 @@ class EdgeActor:
         self.bases: dict[int, Base] = {}
         self.classes: list[str] = []
         self.parcel: Parcel | None = None
-        cap = self.profile.gpu_memory_bytes
-        if cap and torch.cuda.is_available():
-            whole = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, cap / whole))
+        limit_gpu(self.profile.gpu_memory_bytes)
 
     def equip(
         self, classes: Sequence[str], files: Mapping[str, bytes] | None, weights: Message | None, first: str | None

@@ -149,6 +149,13 @@ def training_memory(peak: PeakMemory, stored: int) -> int:
     return peak.bytes if peak.device.type == "cuda" else stored + peak.grown
 
 
+def limit_gpu(capacity_bytes: float | None) -> None:
+    """Has CUDA give this process no more than so much of its GPU; None: all of it."""
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, capacity_bytes / whole) if capacity_bytes else 1.0)
+
+
 def give_back_freed_memory() -> None:
     """Has the allocator return freed pages to the system, so that what is resident is in use."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc

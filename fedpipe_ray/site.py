@@ -17,7 +17,7 @@ import torch
 from . import lora
 from .batches import Rows
 from .config import edge_data
-from .costs import Cost, PeakMemory, linked, training_flops, training_memory, virtual_seconds
+from .costs import Cost, PeakMemory, limit_gpu, linked, training_flops, training_memory, virtual_seconds
 from .data import EdgeData, SourceFacts, inspect, open_data
 from .encoding import Encoding, with_carried, without_carried
 from .errors import DivergedError, UserError
@@ -313,6 +313,7 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
     peak, stored = PeakMemory(torch.device("cpu"), growth=False), 0
     try:
         if site.method.base != "none":  # loaded before memory is measured, whatever was held
+            limit_gpu(profile.gpu_memory_bytes)
             if site.sent:
                 site.build(order)
             elif "bits" in order.numbers:
