@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,23 @@ NOBODY: Any = None  # these rules' aggregate asks neither server nor rng
 
 def report(edge: str, weight: float, tensors: Mapping[str, Tensor]) -> Report:
     return Report(edge, 0, weight, 0.0, Cost(), fetch=lambda: Message(tensors))
+
+
+class Counted:
+    """Reports of one update each, with how many updates there still are when the next one is fetched."""
+
+    def __init__(self, updates: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> None:
+        self.updates, self.weights, self.alive, self.seen = updates, weights, list[weakref.ref[Tensor]](), list[int]()
+
+    def fetch(self, own: Mapping[str, Tensor]) -> Message:
+        self.seen.append(sum(ref() is not None for ref in self.alive))
+        copies = {name: tensor.clone() for name, tensor in own.items()}
+        self.alive.append(weakref.ref(next(iter(copies.values()))))
+        return Message(copies)
+
+    def __iter__(self) -> Iterator[Report]:
+        for k, (own, weight) in enumerate(zip(self.updates, self.weights, strict=True)):
+            yield Report(str(k), 0, weight, 0.0, Cost(), fetch=partial(self.fetch, own))
 
 
 class Rounds:
