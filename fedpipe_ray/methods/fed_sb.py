@@ -5,7 +5,8 @@ alone trained, sent and averaged, which is exact:
 
     R = sum_k p_k R_k        s B R A = sum_k p_k s B R_k A = dW*
 
-so the residual ||applied - dW*|| / ||dW*|| of every round is 0 but for rounding, and is not computed.
+so `residual`, ||applied - dW*|| / ||dW*|| of the round, is 0 by construction, but for the rounding of float32, and is
+told as 0: A and B are the same bits everywhere.
 
 Ours: how the gradient is shared. In the first round nobody trains: each edge takes the gradient G_k of its mean loss
 over `batches` batches by a randomized SVD (Halko, Martinsson, Tropp 2011, algorithm 5.1) whose two products, Y = G_k Q0
@@ -107,7 +108,9 @@ class FedSb(LoraMethod):
             return self.fix(state, reports)
         before = Message(trained(state.tensors))
         after = weighted_mean(before, reports)
-        return state if after is before else Message({**state.tensors, **after.tensors}, {"fixed": 1.0})
+        return (
+            state if after is before else Message({**state.tensors, **after.tensors}, {"fixed": 1.0, "residual": 0.0})
+        )
 
     def fix(self, state: Message, reports: Iterable[Report | Lost]) -> Message:
         """The state with A and B from sum_k p_k G_k; itself if no report is usable."""
