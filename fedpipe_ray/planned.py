@@ -25,10 +25,11 @@ def told(orders: Mapping[str, Message]) -> dict[str, dict[str, Any]]:
 
 
 def in_short(order: Message) -> dict[str, Any]:
-    """Its numbers, and as `ranks` the rank of every LoRA module that is to be trained."""
+    """Its numbers but for those with a slash, and as `ranks` the rank of every LoRA module that is to be trained."""
     ranks = {module_of(n): len(t) for n, t in order.tensors.items() if ".lora_A." in n and n.startswith("base_model.")}
     few = len(order.numbers) <= MOST
-    numbers = {name: value for name, value in order.numbers.items() if few and math.isfinite(value)}
+    plain = ((name, value) for name, value in order.numbers.items() if "/" not in name)  # as in rounds.jsonl
+    numbers = {name: value for name, value in plain if few and math.isfinite(value)}
     return {**numbers, **({"ranks": ranks} if ranks else {})}
 
 

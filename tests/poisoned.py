@@ -32,8 +32,8 @@ def rows(name: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 class Poisoned(Section):
     """Each edge takes gradient steps on rows of its own. attack: what the edges in `bad` do.
 
-    label_flip: they train on rows of one class under the other's name, many times as long. sign_flip: they send their
-    change times -10; scaled: times 50 after a label flip; gaussian: noise of standard deviation 30.
+    label_flip: they train with every label the other class's, for 20 times the steps. sign_flip: they send their change
+    times -10; scaled: times 50 after a label flip; gaussian: noise of standard deviation 30.
     """
 
     bad: list[str] = field(default_factory=list)

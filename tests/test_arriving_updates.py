@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from runs import assert_same, fleet_of, here, load
+from runs import assert_same, fleet_of, here, load, opened_run
 from test_lost_edges import faulty, rounds
 from toy_rounds import Adding, toy_run
 
-from fedpipe_ray.arriving import fitting
+from fedpipe_ray.arriving import checked, fitting
 from fedpipe_ray.buffered import federate_buffered
 from fedpipe_ray.loop import Round, federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
-from fedpipe_ray.report import Lost
+from fedpipe_ray.randomness import rng_for
+from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
 
@@ -114,6 +116,55 @@ def test_norms_by_hand(update: dict[str, list[float]], bound: float | None, says
     else:
         with pytest.raises(ValueError, match=says.replace("+", r"\+")):
             fitting(lambda: message, sent, "float32", bound)
+
+
+PAIR = {"q.lora_A.w": [[2.0, 0.0]], "q.lora_B.w": [[3.0], [4.0]]}  # B A has the norm 5 x 2
+
+
+@pytest.mark.parametrize(
+    ("sent", "norm", "clipped"),
+    [
+        ({"kept.0000.q.lora_A.w": [[9.0, 9.0]]}, 10, {"q.lora_B.w": [[1.5], [2.0]]}),  # A is as it was drawn
+        ({"q.lora_A.w": [[2.0, 0.0]]}, 5, None),  # was sent: tensor by tensor, as B's change of 5
+        ({"q.lora_A.w": [[2.0, 1.0], [7.0, 7.0]], "q.lora_B.w": [[3.0, 7.0], [2.0, 7.0]]}, 5**0.5,  # a rank less
+         {"q.lora_A.w": [[2.0, 0.5]], "q.lora_B.w": [[3.0], [3.0]]}),
+        ({"kept.q.lora_A.w": [[2.0, 1.0], [7.0, 7.0]], "kept.q.lora_B.w": [[3.0, 7.0], [2.0, 7.0]]}, 5**0.5,
+         {"q.lora_A.w": [[2.0, 0.5]], "q.lora_B.w": [[3.0], [3.0]]}),
+        ({"q.lora_A.w": [[2.0, 0.0, 0.0]], "q.lora_B.w": [[3.0]]}, 29**0.5, None),  # other sides: whole
+    ],
+)  # fmt: skip
+def test_changes_of_pairs_by_hand(sent: dict[str, Any], norm: float, clipped: dict[str, Any] | None) -> None:
+    """What a pair changes: of a fresh one the product; of one that was sent, what was sent of its rank. Clipped to
+    half of it, B alone is halved in the first case."""
+    order = Message({name: torch.tensor(value) for name, value in sent.items()})
+    message = Message({name: torch.tensor(value) for name, value in PAIR.items()})
+    assert fitting(lambda: message, order, "float32", norm * (1 + 1e-6)) is message
+    with pytest.raises(ValueError, match="is a change of L2 norm"):
+        fitting(lambda: message, order, "float32", norm * (1 - 1e-6))
+    if clipped is not None:
+        found = fitting(lambda: message, order, "float32", None, norm / 2)
+        for name, value in ({**PAIR, **clipped}).items():
+            torch.testing.assert_close(found.tensors[name], torch.tensor(value))
+
+
+@pytest.mark.parametrize("wrong", [[[1.0, 1.0, 1.0]], [5.0], [[float("nan")]]])
+def test_a_pair_that_does_not_fit_is_left_to_the_method(wrong: Any) -> None:
+    message = Message({"q.lora_A.w": torch.ones(1, 2), "q.lora_B.w": torch.tensor(wrong)})
+    assert fitting(lambda: message, Message(), "float32", 100.0, 99.0) is message
+
+
+def test_honest_updates_of_fresh_and_of_pruned_factors_pass(run_file: Path) -> None:
+    """One step of AdamW at 0.01: FLoRA's A, drawn anew, has a norm of 6 by itself; a HetLoRA of half the rank as its
+    edges were sent, which nothing has moved far from."""
+    flora = load(run_file, "method={name: flora, rank: 8}", "local.steps=1", "server.norm_bound=2.5")
+    assert len(one_round("serial", flora).reports) == 3
+    hetlora = "method={name: hetlora, rank: 8, gamma: 0.5, penalty: 10}"
+    fleet, method, server, state = opened_run(run_file, hetlora, "local.steps=1", "server.norm_bound=2.5")
+    big = Message({name: torch.full_like(tensor, 0.5) for name, tensor in state.tensors.items()})
+    orders = method.plan(big, fleet.edges, server, 0, rng_for(0, 0, "plan"))
+    for one in checked(fleet.run(orders, 0), orders, server.run):
+        assert isinstance(one, Report)
+        assert {len(tensor) for name, tensor in one.message().tensors.items() if ".lora_A." in name} == {4}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factor_rounds import HEAD, MODULES, NOBODY, A, B, M, N, R, Rounds, report
+from factor_rounds import HEAD, MODULES, NOBODY, A, B, Counted, M, N, R, Rounds, report
 from runs import assert_same, opened_run
 
 from fedpipe_ray import lora, stacking
@@ -52,9 +52,32 @@ def test_the_fixed_factors_are_the_mean_gradients_directions() -> None:
     torch.testing.assert_close(a[0].abs(), torch.eye(N)[0])
     for rows in (b.T, a):
         torch.testing.assert_close(rows @ rows.T, torch.eye(2), rtol=0, atol=1e-6)
-    assert found.numbers == {"fixed": 1.0}
+    assert found.numbers == {"fixed": 1.0, "cut": 0}
     assert not found.tensors[R].any()
     assert torch.equal(found.tensors[HEAD], state[HEAD])
+
+
+@pytest.mark.parametrize(("wide", "cut"), [(1, False), (8, True)])
+def test_sixty_gradients_are_held_as_one(wide: int, cut: bool) -> None:
+    """At most 16 of rank 2 are alive. Where their sum has no more than 8 x 2 directions, nothing is lost and A and B
+    span those of the whole sum; where it has more, `cut` bounds what the sum that is held is off by."""
+    m, n, draw = wide * M, wide * N, torch.Generator().manual_seed(0)
+    state = {A: torch.zeros(2, n), B: torch.zeros(m, 2), R: torch.zeros(2, 2)}
+    own = [{name: torch.randn(t.shape, generator=draw) for name, t in state.items() if name != R} for _ in range(60)]
+    reports = Counted(own, [1.0 + k % 3 for k in range(60)])
+    found = FedSb(rank=2).aggregate(Message(state, {"fixed": 0.0}), reports, NOBODY, 0, NOBODY)
+    assert len(reports.seen) == 60
+    assert max(reports.seen) <= 16
+    whole = sum(w * t[B].double() @ t[A].double() for w, t in zip(reports.weights, own, strict=True)) / 120
+    u, s, vt = torch.linalg.svd(whole)
+    best = u[:, :2] * s[:2] @ vt[:2]
+    kept = (b := found.tensors[B].double()) @ (b.T @ whole @ found.tensors[A].double().T) @ found.tensors[A].double()
+    off = float((kept - best).norm() / whole.norm())
+    if cut:
+        assert 0 < off < 2 * found.numbers["cut"]
+    else:
+        assert off < 1e-6
+        assert found.numbers["cut"] == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(("m", "n", "rank"), [(3, 5, 4), (6, 2, 3)])

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from factor_rounds import HEAD, MODULES, NOBODY, RULES, SUM_M, SUM_N, A, B, M, N, R, Rounds, classes, report
+from factor_rounds import HEAD, MODULES, NOBODY, RULES, SERVER, SUM_M, SUM_N, A, B, M, N, R, Rounds, classes, report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import assert_same, opened_run
 from test_parity import assert_alike, rounds_of
 from torch import Tensor
+from toy_rounds import Adding, toy_run
 
 from fedpipe_ray import lora
 from fedpipe_ray.arriving import checked
@@ -25,6 +26,7 @@ from fedpipe_ray.methods.fed_sb import FedSb
 from fedpipe_ray.methods.ffa_lora import FfaLora
 from fedpipe_ray.methods.rolora import RoLora
 from fedpipe_ray.report import Lost, Report
+from fedpipe_ray.run import server_site
 
 weights = st.lists(st.integers(1, 500), min_size=1, max_size=4)
 
@@ -40,7 +42,7 @@ def assert_exact(applied: Tensor, exact: Tensor) -> None:
 
 
 def after(method: Any, state: Mapping[str, Tensor], reports: list[Report], round: int, **numbers: float) -> Any:
-    return method.aggregate(Message(state, numbers), reports, NOBODY, round, NOBODY).tensors
+    return method.aggregate(Message(state, numbers), reports, SERVER, round, NOBODY).tensors
 
 
 # -- exactness
@@ -170,6 +172,36 @@ def test_half_the_bytes_on_a_half_wire(run_file: Path) -> None:
     orders, updates = rounds.next()
     assert orders["a"].payload_bytes == 2 * 4 * SUM_M
     assert updates["a"].payload_bytes == 2 * 4 * SUM_N
+
+
+@pytest.mark.parametrize("name", ["rolora", "ffa_lora"])
+def test_a_half_wire_is_as_exact(name: str, run_file: Path) -> None:
+    """What is applied is the mean of the products that edges made, from the factors that they had, in every round."""
+    rounds = Rounds(run_file, f"method={{name: {name}, rank: 4, alpha: 4}}", "wire.dtype=bfloat16")
+    for _ in range(3):
+        orders, updates = rounds.next()
+        applied = rounds.method.weights(rounds.state, rounds.server)["global"].tensors
+        own = rounds.method.frozen(rounds.server) if name == "ffa_lora" else {}
+        lost = whole = 0.0
+        for name_a in (n for n in applied if factor(n) == "A"):
+            name_b, dw = name_a.replace(".lora_A.", ".lora_B."), torch.zeros((), dtype=torch.float64)
+            for edge, update in updates.items():  # 16 rows each
+                had = {**own, **orders[edge].kept, **update.tensors}
+                dw = dw + had[name_b].double() @ had[name_a].double() / 3
+            gap = applied[name_b].double() @ applied[name_a].double() - dw
+            lost, whole = lost + float(gap.square().sum()), whole + float(dw.square().sum())
+        assert lost**0.5 <= 1e-6 * whole**0.5
+        assert rounds.state.numbers["residual"] == 0
+
+
+def test_a_half_wire_moves_nothing_that_nobody_moved() -> None:
+    """Of rank 2 and 1, both send what they were sent: 1.01 is 1.0078125 in bfloat16, for the column of one edge too."""
+    server = server_site(toy_run({"e1": {}}, wire={"dtype": "bfloat16"}), Adding(), [])
+    sent = torch.full((1, 2), 1.0078125)
+    said = [report("wide", 10, {B: sent}), report("slim", 30, {B: sent[:, :1]})]
+    method = FfaLora(rank=2, ranks={"slim": 1})
+    found = method.aggregate(Message({B: torch.full((1, 2), 1.01)}), said, server, 0, NOBODY)
+    assert found.tensors[B].tolist() == sent.tolist()
 
 
 def test_nested_edges_of_ffa(run_file: Path) -> None:

@@ -38,6 +38,7 @@ def test_bad_settings(method: str, says: str, run_file: Path, capsys: pytest.Cap
          "method.ranks: fleet.mode: buffered needs equal ranks"),
         ("fedsa_lora", "evaluate.keep=best", "evaluate.keep: best: fedsa_lora keeps a model on each edge"),
         ("fed_sb", "server.norm_bound=3", "server.norm_bound: 3 bounds changes ... remove it"),
+        ("fed_sb", "server.norm_clip=3", "server.norm_clip: 3 bounds changes ... remove it"),
         ("fed_sb", "rounds=1", "rounds: 1 trains nothing; fed_sb's first round finds A and B, give at least 2"),
     ],
 )  # fmt: skip

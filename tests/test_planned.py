@@ -27,9 +27,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_an_order_is_told_by_its_ranks_and_numbers() -> None:
-    """Factors that act frozen have another prefix, data has more than MOST numbers, NaN is none."""
+    """Factors that act frozen have another prefix, data has more than MOST numbers, NaN is none, a slash is ours."""
     frozen = Message({"frozen." + A.format(0): torch.zeros(3, 8)}, {f"seed{i}": 0.0 for i in range(MOST + 1)})
-    found = told({"a": order(4, bits=8, odd=float("nan")), "b": frozen})
+    found = told({"a": order(4, bits=8, odd=float("nan"), **{"control/used": 3}), "b": frozen})
     ranks = {"model.layers.0.self_attn.q_proj": 4, "model.layers.1.self_attn.q_proj": 2}
     assert found == {"a": {"bits": 8, "ranks": ranks}, "b": {}}
 

@@ -9,7 +9,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from factor_rounds import NOBODY, A, B, M, N, Rounds, report
+from factor_rounds import NOBODY, A, B, Counted, M, N, Rounds, report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import assert_same, opened_run
@@ -140,16 +140,30 @@ def test_the_phases(run_file: Path) -> None:
 def test_the_second_phase_is_fedit_with_its_residual(samples: list[int], rank: int, seed: int) -> None:
     """A and B are means; ||B A - sum p B_k A_k|| / ||sum p B_k A_k|| as the dense matrices have it."""
     draw = torch.Generator().manual_seed(seed)
-    state = {A: torch.zeros(rank, N).double(), B: torch.zeros(M, rank).double()}
-    own = [{name: torch.randn(t.shape, generator=draw).double() for name, t in state.items()} for _ in samples]
+    state = {A: torch.zeros(rank, N), B: torch.zeros(M, rank)}
+    own = [{name: torch.randn(t.shape, generator=draw) for name, t in state.items()} for _ in samples]
     p = [n / sum(samples) for n in samples]
     reports: list[Any] = [report(str(k), n, t) for k, (n, t) in enumerate(zip(samples, own, strict=True))]
     found = SLora(rank=rank).aggregate(Message(state), reports, NOBODY, 7, NOBODY)
     mean = {name: sum(w * t[name] for w, t in zip(p, own, strict=True)) for name in state}
     torch.testing.assert_close(dict(found.tensors), mean)
-    dw = sum(w * t[B] @ t[A] for w, t in zip(p, own, strict=True))
-    expected = float((mean[B] @ mean[A] - dw).norm() / dw.norm())
-    assert found.numbers["residual"] == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    dw = sum(w * t[B].double() @ t[A].double() for w, t in zip(p, own, strict=True))
+    expected = float((found.tensors[B].double() @ found.tensors[A].double() - dw).norm() / dw.norm())
+    assert found.numbers == {"residual": pytest.approx(expected, rel=1e-6, abs=1e-9), "cut": 0}
+
+
+def test_the_second_phase_holds_no_more_of_sixty_edges_than_of_sixteen() -> None:
+    """The sum of their products is of rank 5, as high as its sides allow; the residual is that of all sixty."""
+    draw = torch.Generator().manual_seed(0)
+    state = {A: torch.zeros(1, N), B: torch.zeros(M, 1)}
+    own = [{name: torch.randn(t.shape, generator=draw) for name, t in state.items()} for _ in range(60)]
+    reports = Counted(own, [1.0 + k % 3 for k in range(60)])
+    found = SLora(rank=1).aggregate(Message(state), reports, NOBODY, 7, NOBODY)
+    assert len(reports.seen) == 60
+    assert max(reports.seen) <= 16
+    dw = sum(w * t[B].double() @ t[A].double() for w, t in zip(reports.weights, own, strict=True)) / 120
+    gap = float((found.tensors[B].double() @ found.tensors[A].double() - dw).norm() / dw.norm())
+    assert found.numbers == {"residual": pytest.approx(gap, rel=1e-6), "cut": pytest.approx(0, abs=1e-12)}
 
 
 def test_a_resume_in_each_phase_has_the_same_bits(run_file: Path, tmp_path: Path) -> None:

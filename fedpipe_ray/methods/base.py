@@ -235,6 +235,14 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(math.isfinite(bound) for bound in torch.aminmax(tensor))
 
 
+def as_sent(state: Message, server: Site) -> Mapping[str, torch.Tensor]:
+    """The state's tensors as edges got them: rounded to wire.dtype, in the server's own float32."""
+    wire = server.run.wire.dtype
+    if wire == "float32":
+        return state.tensors
+    return {name: t.float() if t.is_floating_point() else t for name, t in state.to(wire).tensors.items()}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraMethod(Section):
     """Federated training of one LoRA adapter of the same shape on every edge.

@@ -5,13 +5,16 @@ alone trained, sent and averaged, which is exact:
 
     R = sum_k p_k R_k        s B R A = sum_k p_k s B R_k A = dW*
 
-so the residual ||applied - dW*|| / ||dW*|| of every round is 0 but for rounding, and is not computed.
+so `residual`, ||applied - dW*|| / ||dW*|| of the round, is 0 by construction, but for the rounding of float32, and is
+told as 0: A and B are the same bits everywhere.
 
 Ours: how the gradient is shared. In the first round nobody trains: each edge takes the gradient G_k of its mean loss
 over `batches` batches by a randomized SVD (Halko, Martinsson, Tropp 2011, algorithm 5.1) whose two products, Y = G_k Q0
 with a Gaussian Q0 and Q^T G_k with Q from the QR of Y, are LoRA's own gradients at B = 0 and at A = 0. So no m x n
 matrix is formed, and bases in 4 or 8 bits do. The server cuts sum_k p_k G_k back to rank r without forming it either,
-and takes B = U, A = V^T, orthonormal; where the gradient has fewer directions, fixed random ones fill up. R starts at
+and takes B = U, A = V^T, orthonormal; where the gradient has fewer directions, fixed random ones fill up. It holds that
+sum as a product of rank 8 r (twice that between two cuts), however many edges there are, so that up to 16 of them give
+the directions of the whole sum; `cut`, of that round, bounds what the sum is off by, as a share of it. R starts at
 0, so that training starts from the base model (the paper's starts from the singular values). A and B then go to each
 edge once, in float32. s = alpha / rank, with `rslora` alpha / sqrt(rank); p_k count the rows trained on in the round,
 in the first one those whose gradient was taken. A classifier's head is trained, sent and averaged with R. DoRA is not
@@ -33,6 +36,7 @@ from torch import nn
 
 from fedpipe_ray import factors, lora, stacking
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.folding import MEASURED, Sums, of_b
 from fedpipe_ray.message import KEPT, Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
@@ -67,11 +71,12 @@ class FedSb(LoraMethod):
     def check(self, site: Site) -> None:
         """Raises UserError for a bound that cannot hold, a run without training, and a model without place for LoRA."""
         super().check(site)
-        bound = site.run.server.norm_bound
-        if bound is not None:
-            raise UserError(
-                f"server.norm_bound: {bound:g} bounds changes, and fed_sb's first updates are gradients; remove it"
-            )
+        for name in ("norm_bound", "norm_clip"):
+            bound = getattr(site.run.server, name)
+            if bound is not None:
+                raise UserError(
+                    f"server.{name}: {bound:g} bounds changes, and fed_sb's first updates are gradients; remove it"
+                )
         if site.run.rounds < 2:
             raise UserError("rounds: 1 trains nothing; fed_sb's first round finds A and B, give at least 2")
 
@@ -98,26 +103,29 @@ class FedSb(LoraMethod):
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
-        """A and B from the mean gradient, for which the server holds all its factors; later the mean of R."""
+        """A and B from the mean gradient; later the mean of R."""
         if not state.numbers["fixed"]:
             return self.fix(state, reports)
-        after = weighted_mean(Message(trained(state.tensors)), reports)
-        return Message({**state.tensors, **after.tensors}, state.numbers)
+        before = Message(trained(state.tensors))
+        after = weighted_mean(before, reports)
+        return (
+            state if after is before else Message({**state.tensors, **after.tensors}, {"fixed": 1.0, "residual": 0.0})
+        )
 
     def fix(self, state: Message, reports: Iterable[Report | Lost]) -> Message:
         """The state with A and B from sum_k p_k G_k; itself if no report is usable."""
-        found = [
-            (one.weight, message) for one, message in arrivals(reports, partial(unlike, like=fixed(state.tensors)))
-        ]
-        if not found:
+        sums, tensors = Sums(MEASURED * self.rank), dict(state.tensors)
+        for report, message in arrivals(reports, partial(unlike, like=fixed(state.tensors))):
+            sums.add(message.tensors, report.weight)
+            del message  # before the next one is fetched
+        if not sums.total:
             return state
-        total, tensors = sum(weight for weight, _ in found), dict(state.tensors)
-        for name_a in (name for name in fixed(state.tensors) if factors.factor(name) == "A"):
-            name_b = name_a.replace(".lora_A.", ".lora_B.")
-            pairs = [(message.tensors[name_b], message.tensors[name_a]) for _, message in found]
-            cut = stacking.truncate(pairs, [weight / total for weight, _ in found], self.rank)
-            tensors[name_b], tensors[name_a] = directions(cut)
-        return Message(tensors, {"fixed": 1.0})
+        exact = sums.exact()
+        for name_a, pair in exact.items():
+            cut = stacking.low_rank(*pair, self.rank, tolerance=stacking.tolerance_of(torch.float32))
+            tensors[of_b(name_a)], tensors[name_a] = directions(cut)
+        off = sums.shares({}, {name: stacking.frobenius(*pair) for name, pair in exact.items()})["cut"]
+        return Message(tensors, {"fixed": 1.0, "cut": off})
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the global adapter (B R, A)."""

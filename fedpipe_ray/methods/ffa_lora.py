@@ -4,8 +4,9 @@ The paper's: A_0 is drawn once and never trained, B starts at zero, edges train 
 
     B = sum_k p_k B_k        s B A_0 = sum_k p_k s B_k A_0 = dW*
 
-so the applied update is the mean of the edges' updates, whatever they are: the residual ||applied - dW*|| / ||dW*|| of
-every round is 0 but for rounding, and is not computed.
+so the applied update is the mean of the edges' updates, whatever they are: `residual`, ||applied - dW*|| / ||dW*|| of
+the round, is 0 by construction, but for the rounding of float32, and is told as 0. A_0 is float32 on edges and server
+alike, whatever wire.dtype is. With unequal ranks dW* is what there was, as it was sent, plus the mean of the changes.
 
 Ours: A_0 is a function of the run's seed that every edge evaluates for itself, so that it is in no message; p_k count
 the rows trained on in the round; a classifier's head is trained and averaged with the same weights; `variant: rslora`
@@ -39,7 +40,7 @@ from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, LoraWeights, Weights
+from .base import LoraMethod, LoraWeights, Weights, as_sent
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -108,8 +109,8 @@ class FfaLora(LoraMethod):
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """The exact mean of the changes of B."""
-        mean = factors.exact_mean(state.tensors, reports, self.rank_of)
-        return state if mean is None else Message(mean, state.numbers)
+        mean = factors.exact_mean(as_sent(state, server), reports, self.rank_of)
+        return state if mean is None else Message(mean, {**state.numbers, "residual": 0.0})
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the global adapter, A_0 and B."""

@@ -10,9 +10,14 @@ Ours: x are the factors A and B and a classifier's head. c_i+ is the mean of the
 which of plain SGD at one rate is option II (control.py), and is defined for every optimizer: with AdamW, the default
 here, the correction is added to the gradient before AdamW sees it. The paper's is `local: {optimizer: sgd, schedule:
 constant}` with `clip` too large to act; with another rate a step, or a clipped one, c_i+ stays the mean of what was
-measured. What travels is y_i and c + c_i+ - c_i, twice an adapter each way. c_i is private state of its edge; an edge
-that lost it begins at zero again, and c is then off by what it was, over N. Edges weigh alike, as in the paper: other
-weights would leave a pull, sum_i p_i (c - c_i), in the mean.
+measured. What travels is y_i and c + c_i+ - c_i, twice an adapter each way; what an edge keeps is c_i and what of c_i+
+- c_i was sent, rounded as it was. Edges weigh alike, as in the paper: other weights would leave a pull, sum_i p_i (c -
+c_i), in the mean.
+
+Ours, too: S are the edges whose reports are used. One whose report came too late or was refused was not in S, and goes
+on from its c_i before. It keeps both, as its private state, and its next order says, by a round's number, which of them
+counts (control.py), so that c = 1 / N sum_i c_i always. If an edge's private state is gone, nobody knows what it has in
+c: the server begins anew with c = 0, and every edge with c_i = 0; `restarts` counts that.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ import numpy as np
 import torch
 
 from fedpipe_ray import lora
-from fedpipe_ray.control import Correction
+from fedpipe_ray.control import NEVER, Correction, counted, kept
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
-from fedpipe_ray.settings import require
+from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import summed_loss
 
 from .base import LoraMethod, LoraWeights, Updates, Weights, arrivals, unlike
@@ -38,6 +44,9 @@ if TYPE_CHECKING:
     from fedpipe_ray.site import Site
 
 CONTROL = "control."  # before the name of the tensor that a control variate is of
+USED = "control/used"  # in an order: the round of the edge's last report that was used
+GONE = "control/gone"  # in an update: 1 if the edge has that round's c_i no more
+RESTARTS = "restarts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,37 +61,62 @@ class Scaffold(LoraMethod):
         super().__post_init__()
         require(self.server_lr > 0, f"method.server_lr: {self.server_lr} must be above 0")
 
+    def check(self, site: Site) -> None:
+        """Raises UserError as LoraMethod does, and for a norm that an edge would not know its update was clipped to."""
+        super().check(site)
+        clip = site.run.server.norm_clip
+        if clip is not None:
+            raise UserError(
+                f"server.norm_clip: {clip:g} would shrink c_i+ - c_i of an edge, which keeps the whole; use "
+                "server.norm_bound, or remove it"
+            )
+
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """A fresh adapter, and c = 0."""
         tensors = super().start(server, rng).tensors
         return Message({**tensors, **{CONTROL + name: torch.zeros(tensor.shape) for name, tensor in tensors.items()}})
 
+    def plan(
+        self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
+    ) -> Mapping[str, Message | Lost]:
+        """x and c, and which c_i counts; edges that were last used in one round share an order."""
+        used = {edge: state.numbers.get(used_by(edge), NEVER) for edge in edges}
+        orders = {last: Message(state.tensors, {USED: last}) for last in dict.fromkeys(used.values())}
+        return {edge: orders[last] for edge, last in used.items()}
+
     def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
-        """y_i and c + c_i+ - c_i; c_i+ stays."""
-        model, (adapter, c) = lora.attach(site.base, self.spec(site)), parts(order)
+        """y_i and c + c_i+ - c_i; c_i and c_i+ stay."""
+        model, (adapter, c), used = lora.attach(site.base, self.spec(site)), parts(order), int(order.numbers[USED])
         lora.load(model, adapter)
-        own = site.private.tensors if site.private is not None else {n: torch.zeros(t.shape) for n, t in c.items()}
+        found = counted(site.private, used)
+        own = found or {name: torch.zeros(tensor.shape) for name, tensor in c.items()}
         correct = Correction(lora.parameters(model), {name: c[name].float() - own[name] for name in c})
         site.train(model, rng, summed_loss, None, None, correct)
-        after = correct.mean()
-        site.private = Message(after)
-        return Message({**lora.read(model), **{CONTROL + n: c[n].float() + (after[n] - own[n]) for n in c}})
+        moved = {CONTROL + name: c[name].float() + (after - own[name]) for name, after in correct.mean().items()}
+        update = Message({**lora.read(model), **moved}, {GONE: 1.0} if found is None else {})
+        sent = update if site.run.wire.codec else update.to(site.run.wire.dtype)
+        after = {name: own[name] + (sent.tensors[CONTROL + name].float() - c[name].float()) for name in c}
+        site.private = kept(found or {}, used if found else NEVER, after, site.round)
+        return update
 
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """x and c after the round; one update is held at a time."""
-        count, sums = 0, {name: torch.zeros(tensor.shape) for name, tensor in state.tensors.items()}
-        for _, message in arrivals(reports, partial(unlike, like=state.tensors)):
-            count += 1
+        sent, gone, used = state.to(server.run.wire.dtype).tensors, False, dict[str, float]()
+        sums = {name: torch.zeros(tensor.shape) for name, tensor in state.tensors.items()}
+        for report, message in arrivals(reports, partial(unlike, like=state.tensors)):
+            used[used_by(report.edge)] = round
+            gone = gone or bool(message.numbers.get(GONE))
             for name, total in sums.items():
-                total.add_(message.tensors[name] - state.tensors[name])
+                total.add_(message.tensors[name].float() - sent[name].float())
             del message  # before the next one is fetched
-        if count == 0:
+        if not used:
             return state
         everyone = len(server.run.fleet.edges)
-        rates = {name: 1 / everyone if name.startswith(CONTROL) else self.server_lr / count for name in sums}
-        return Message({name: state.tensors[name] + rates[name] * total for name, total in sums.items()}, state.numbers)
+        rates = {name: 1 / everyone if name.startswith(CONTROL) else self.server_lr / len(used) for name in sums}
+        tensors = {name: state.tensors[name] + rates[name] * total for name, total in sums.items()}
+        return restarted(tensors, state) if gone else Message(tensors, {**state.numbers, **used})
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the global adapter."""
@@ -93,3 +127,14 @@ def parts(message: Message) -> tuple[dict[str, torch.Tensor], Mapping[str, torch
     """(the adapter, the control variates by the names of its tensors) of a state, an order or an update."""
     adapter = {name: t for name, t in message.tensors.items() if not name.startswith(CONTROL)}
     return adapter, {name: message.tensors[CONTROL + name] for name in adapter}
+
+
+def used_by(edge: str) -> str:
+    """The number of the state that says in which round an edge's report was last used."""
+    return f"{edge}/used"
+
+
+def restarted(tensors: Mapping[str, torch.Tensor], state: Message) -> Message:
+    """The next state with c = 0, in which no edge's c_i counts."""
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items() if name.startswith(CONTROL)}
+    return Message({**tensors, **zeros}, {RESTARTS: state.numbers.get(RESTARTS, 0.0) + 1})

@@ -9,7 +9,7 @@ W0:
 The mean of the sparse changes is exact; what the SVD loses, ||S - s B_0 A_0|| / ||S||, is the `residual` of the round
 in which the phase changes, before it 0. A random mask spreads the spectrum, so that it is large for a low rank. After
 it the rule is FedIT's, with FedIT's residual ||B A - sum_k p_k B_k A_k|| / ||sum_k p_k B_k A_k||, for which the server
-holds a round's updates.
+holds the sum of the products, of rank 8 x rank (twice that between two cuts); `cut` bounds what that sum is off by.
 
 Ours: the mask is a function of the run's seed, never sent; A_0 has orthonormal rows and B_0 = U Sigma / s; where S has
 fewer directions, A_0 has random rows and B_0 zeros. AdamW starts fresh every round, so no moments come over from the
@@ -25,7 +25,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -33,12 +32,12 @@ import torch
 
 from fedpipe_ray import sparse
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.folding import MEASURED, Sums, pairs_of
 from fedpipe_ray.message import Message
-from fedpipe_ray.partial import joined
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals, unlike, weighted_mean
+from .base import LoraMethod, LoraWeights, Weights, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -112,14 +111,12 @@ class SLora(LoraMethod):
                 return after
             tensors, lost = sparse.adapter(after.tensors, self.places(server), self.spec(server), server.run.seed)
             return Message(tensors, {"residual": lost})
-        updates = dict[str, Message]()
-        samples = dict[str, float]()
-        for report, message in arrivals(reports, partial(unlike, like=state.tensors)):
-            updates[report.edge], samples[report.edge] = message, report.weight
-        if not updates:
+        sums = Sums(MEASURED * self.rank)
+        after = weighted_mean(state, reports, also=sums.add)
+        if not sums.total:
             return state
-        tensors, lost = joined(state.tensors, updates, samples, join="pad", weigh="paper", rank=self.rank)
-        return Message(tensors, {"residual": lost})
+        applied = {name: [pair] for name, pair in pairs_of(after.tensors).items()}
+        return Message(after.tensors, sums.told(applied, sums.exact()))
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: W0 + S, later the global adapter."""
