@@ -43,8 +43,13 @@ def check(ranks: Mapping[str, int], site: Site, spec: lora.LoraSpec) -> None:
             f"method.ranks: {ranks[odd[0]]} for edge {odd[0]}, which is not in the fleet; "
             f"there are {', '.join(site.run.fleet.edges)}"
         )
+    check_linear(site, spec)
+
+
+def check_linear(site: Site, spec: lora.LoraSpec) -> None:
+    """Raises UserError for targets whose factors are no two matrices that are multiplied; loads no weights."""
     found = lora.parameters(site.skeleton(spec)).items()
-    odd = [n for n, p in found if ".lora_" in n and (p.ndim != 2 or ".lora_embedding_" in n)]
+    odd = [n for n, p in found if ".lora_embedding_" in n or (".lora_A." in n and p.ndim != 2)]
     if odd:
         raise UserError(
             f"method.targets: {lora.module_of(odd[0])} is no linear layer, and products of linear layers alone are "

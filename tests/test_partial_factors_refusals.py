@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from factor_rounds import RULES
 from refusals import assert_refused
 
 
 @pytest.mark.parametrize(
     ("method", "says"),
     [
-        ("ffa_lora, rank: 4, ranks: {a: 5}", "method.ranks.a: 5 must lie in [1, method.rank: 4]"),
-        ("rolora, rank: 4, ranks: {a: 0}", "method.ranks.a: 0 must lie in [1, method.rank: 4]"),
-        ("ffa_lora, ranks: {z: 1}", "method.ranks: no edge z; there are a, b, c"),
-        ("rolora, ranks: {z: 1}", "method.ranks: no edge z; there are a, b, c"),
+        ("ffa_lora, rank: 4, ranks: {a: 5}", "method.ranks.a: 5 must lie between 1 and method.rank: 4"),
+        ("rolora, rank: 4, ranks: {a: 0}", "method.ranks.a: 0 must lie between 1 and method.rank: 4"),
+        *((f"{name}, ranks: {{z: 1}}", "method.ranks: 1 for edge z, which is not in the fleet; there are a, b, c")
+          for name in ("ffa_lora", "rolora")),
+        *((f"{name}, targets: [q_proj, embed_tokens]", "method.targets: model.embed_tokens is no linear layer, and "
+           "products of linear layers alone are joined; leave it out, or use method.name: lora") for name in RULES),
         ("fed_sb, batches: 0", "method.batches: 0 must be at least 1"),
         ("slora, density: 0", "method.density: 0.0 must lie in (0, 1]"),
         ("slora, sparse_rounds: 0", "method.sparse_rounds: 0 must be at least 1"),

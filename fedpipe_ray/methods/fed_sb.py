@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpipe_ray import factors, lora, stacking
+from fedpipe_ray import factors, lora, ranks, stacking
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.message import KEPT, Message
 from fedpipe_ray.report import Lost, Report
@@ -66,7 +66,7 @@ class FedSb(LoraMethod):
 
     def check(self, site: Site) -> None:
         """Raises UserError for a bound that cannot hold, a run without training, and a model without place for LoRA."""
-        super().check(site)
+        ranks.check_linear(site, self.spec(site))
         bound = site.run.server.norm_bound
         if bound is not None:
             raise UserError(

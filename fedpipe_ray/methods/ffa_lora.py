@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import torch
 
-from fedpipe_ray import factors, lora
+from fedpipe_ray import factors, lora, ranks
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.message import Message
 from fedpipe_ray.randomness import rng_for
@@ -59,12 +59,11 @@ class FfaLora(LoraMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factors.check_ranks(self.ranks, self.rank)
+        ranks.require_ranks(self.ranks, self.rank)
 
     def check(self, site: Site) -> None:
-        """Raises UserError for an edge that is not there, and if the model has no place for the adapter."""
-        super().check(site)
-        factors.check_edges(self.ranks, site.run.fleet.edges)
+        """Raises UserError for targets or edges that are not there; loads no weights."""
+        ranks.check(self.ranks, site, self.spec(site))
         if site.run.fleet.mode == "buffered" and any(rank < self.rank for rank in self.ranks.values()):
             raise UserError(
                 "method.ranks: fleet.mode: buffered needs equal ranks; leave them out, or set fleet.mode: synchronous"

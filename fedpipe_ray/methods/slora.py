@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from fedpipe_ray import sparse
+from fedpipe_ray import ranks, sparse
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.message import Message
 from fedpipe_ray.partial import joined
@@ -65,7 +65,7 @@ class SLora(LoraMethod):
 
     def check(self, site: Site) -> None:
         """Raises UserError if the run has no round for LoRA, or the model no place for it."""
-        super().check(site)
+        ranks.check_linear(site, self.spec(site))
         if site.run.rounds <= self.sparse_rounds:
             raise UserError(
                 f"rounds: {site.run.rounds} leave none for LoRA after method.sparse_rounds: {self.sparse_rounds}"
