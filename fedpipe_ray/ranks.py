@@ -1,12 +1,11 @@
-"""Ranks by edge: each trains the leading triplets of one adapter, at the scale alpha / rank of the whole (ours).
+"""Ranks by edge: each trains the leading triplets of one adapter, at the scale of the whole (ours).
 
-The scale is that of the global adapter on server and edges: were it alpha / r_k on an edge, its product would mean
-something else there than where it is averaged.
+The scale is that of the global adapter on server and edges, alpha / rank or rsLoRA's: were it alpha / r_k on an edge,
+its product would mean something else there than where it is averaged.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -57,11 +56,6 @@ def check_linear(site: Site, spec: lora.LoraSpec) -> None:
         )
 
 
-def at(spec: lora.LoraSpec, rank: int) -> lora.LoraSpec:
-    """`spec` at another rank and the same scale."""
-    return spec if rank == spec.rank else dataclasses.replace(spec, rank=rank, alpha=spec.alpha / spec.rank * rank)
-
-
 def part(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
     """An adapter's leading triplets, and a classifier's head whole; views."""
     cut = {".lora_A.": lambda t: t[:rank], ".lora_B.": lambda t: t[:, :rank]}
@@ -88,7 +82,7 @@ def trained(
 
     penalty: of the parameters by PEFT key, added to the loss.
     """
-    model = lora.attach(site.base, at(spec, rank_of(tensors)))
+    model = lora.attach(site.base, spec.at(rank_of(tensors)))
     lora.load(model, tensors)
     now = lora.parameters(model)
     site.train(model, rng, summed_loss, None if penalty is None else lambda: penalty(now))

@@ -240,7 +240,7 @@ class LoraMethod(Section):
     """Federated training of one LoRA adapter of the same shape on every edge.
 
     The state is the adapter. Subclasses say how updates are aggregated; one that has other variants than plain LoRA has
-    a field `variant` with those of lora.Variant that its mathematics allows.
+    a field `variant` with those of lora.Variant that its mathematics allows. against_dora: why DoRA is none of them.
 
     rank, alpha: scale alpha / rank; targets: module names, or `all-linear`; dropout: on the adapter's input.
     """
@@ -251,6 +251,10 @@ class LoraMethod(Section):
     dropout: float = 0.0
 
     base: ClassVar[Literal["shared", "sent", "none"]] = "shared"
+    against_dora: ClassVar[str] = (
+        "its rule is one for the product B A, and DoRA's weight, which is divided by the norms of its rows, is linear "
+        "in neither factor"
+    )
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"method.rank: {self.rank} must be at least 1")

@@ -39,6 +39,7 @@ from fedpipe_ray.config import edge_data
 from fedpipe_ray.costs import Cost
 from fedpipe_ray.data import open_data
 from fedpipe_ray.errors import AllEdgesLost, DivergedError, UserError
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
@@ -83,10 +84,12 @@ class Pooled:
 class Central(LoraMethod):
     """All rows in one place: one LoRA adapter trained on them by the server; an upper bound, in simulations alone.
 
-    steps: optimizer steps a round; null: as many as all edges together would do.
+    steps: optimizer steps a round; null: as many as all edges together would do. variant: of LoRA, `plain`, `rslora` or
+    `dora`.
     """
 
     steps: int | None = None
+    variant: Variant = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -113,7 +113,7 @@ class FedBiOT(LoraMethod):
     pull towards what an edge received (0, which measured best, or 1 in the paper); lam: lambda. prealign_steps (null:
     by beta), align_steps: of the server, before round 1 and after each; 0 and 0 are FedOT. align_lr, align_batch: its
     AdamW. positions: compared on `text` or `all`. weigh: edges by rows or `equal`. join: means of A and of B, or the
-    nearest `product`.
+    nearest `product`. variant: of LoRA.
     """
 
     a: int = 2
@@ -128,6 +128,7 @@ class FedBiOT(LoraMethod):
     positions: Positions = "text"
     weigh: Literal["rows", "equal"] = "rows"
     join: Literal["factors", "product"] = "factors"
+    variant: Literal["plain", "rslora"] = "plain"
 
     base: ClassVar[Literal["shared", "sent", "none"]] = "sent"
 
@@ -233,7 +234,7 @@ class FedBiOT(LoraMethod):
         """The adapter's LoRA after this round's local steps, and the edge's rows."""
         adapter, emulator = parts(order)
         model = pair(site.base, self.spec(site), adapter, emulator)
-        pull = Pull(lora.parameters(model), adapter, self.eps, self.alpha / self.rank) if self.eps else None
+        pull = Pull(lora.parameters(model), adapter, self.eps, self.spec(site).scale) if self.eps else None
         site.train(model, rng, summed_loss, pull)
         return Message(lora.read(model), {"rows": len(site.data.train)})
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -43,10 +43,11 @@ if TYPE_CHECKING:
 class FedExLora(LoraMethod):
     """FedEx-LoRA: LoRA, average of A and of B, and the exact rest of their product kept frozen.
 
-    limit: rank of the sum that the server holds (null: whatever is exact).
+    limit: rank of the sum that the server holds (null: whatever is exact). variant: of LoRA.
     """
 
     limit: int | None = None
+    variant: Literal["plain", "rslora"] = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()

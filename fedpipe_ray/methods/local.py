@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fedpipe_ray import lora
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
@@ -33,7 +34,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Local(LoraMethod):
-    """No federation: a LoRA adapter an edge, trained and evaluated there; nothing is sent."""
+    """No federation: a LoRA adapter an edge, trained and evaluated there; nothing is sent.
+
+    variant: of LoRA, `plain`, `rslora` or `dora`.
+    """
+
+    variant: Variant = "plain"
 
     personal: ClassVar[bool] = True
 

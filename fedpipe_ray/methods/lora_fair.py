@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -40,11 +40,12 @@ class LoraFair(LoraMethod):
     """LoRA-FAIR: LoRA, average of A and of B, and B corrected so that the product is near the average of the products.
 
     lam: lambda, on ||dB||^2; 0 is the nearest there is. limit: rank of the sum that the server holds (null: whatever is
-    exact).
+    exact). variant: of LoRA.
     """
 
     lam: float = 0.01
     limit: int | None = None
+    variant: Literal["plain", "rslora"] = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()

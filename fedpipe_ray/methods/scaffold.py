@@ -27,6 +27,7 @@ import torch
 
 from fedpipe_ray import lora
 from fedpipe_ray.control import Correction
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import require
@@ -42,9 +43,13 @@ CONTROL = "control."  # before the name of the tensor that a control variate is 
 
 @dataclass(frozen=True, kw_only=True)
 class Scaffold(LoraMethod):
-    """SCAFFOLD: LoRA whose local steps are corrected by control variates. server_lr: eta_g."""
+    """SCAFFOLD: LoRA whose local steps are corrected by control variates.
+
+    server_lr: eta_g. variant: of LoRA, `plain`, `rslora` or `dora`.
+    """
 
     server_lr: float = 1.0
+    variant: Variant = "plain"
 
     updates: ClassVar[Updates] = "entries"
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 class ZeroPad(LoraMethod):
     """Zero-padding: LoRA of unequal ranks, sample-weighted average of the padded factors.
 
-    ranks: of single edges, by name; of all others `rank`, which is the largest.
+    ranks: of single edges, by name; of all others `rank`, which is the largest. variant: of LoRA.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    variant: Literal["plain", "rslora"] = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
