@@ -56,6 +56,7 @@ def test_dora_is_had_or_refused_with_the_reason() -> None:
          "method.ranks: fleet.mode: buffered needs equal ranks"),
         ("fedsa_lora", "evaluate.keep=best", "evaluate.keep: best: fedsa_lora keeps a model on each edge"),
         ("fed_sb", "server.norm_bound=3", "server.norm_bound: 3 bounds changes ... remove it"),
+        ("fed_sb", "server.norm_clip=3", "server.norm_clip: 3 bounds changes ... remove it"),
         ("fed_sb", "rounds=1", "rounds: 1 trains nothing; fed_sb's first round finds A and B, give at least 2"),
     ],
 )  # fmt: skip

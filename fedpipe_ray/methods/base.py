@@ -134,7 +134,7 @@ class Method(Protocol):
     of their own; `changes` of the order's tensors of the same names; or of `entries` that mean the same in every round.
     averaging: whether `aggregate` is averaging.average, so that server.aggregator acts. pseudo_gradient: whether the
     state's tensors are numbers in one basis over all rounds, so that server.optimizer can act on their changes; aside:
-    names of those that are not.
+    patterns of the names of those that are not. A tensor that a round does not touch is the same object in both states.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
@@ -143,7 +143,7 @@ class Method(Protocol):
     updates: ClassVar[Updates] = "changes"
     averaging: ClassVar[bool] = False
     pseudo_gradient: ClassVar[bool] = False
-    aside: ClassVar[frozenset[str]] = frozenset()
+    aside: ClassVar[tuple[str, ...]] = ()
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""

@@ -58,6 +58,8 @@ class FedSb(LoraMethod):
     batches: int = 4
     variant: Literal["plain", "rslora"] = "plain"
 
+    pseudo_gradient: ClassVar[bool] = True
+    aside: ClassVar[tuple[str, ...]] = ("*.lora_A.weight", "*.lora_B.weight")  # all but R and a head
     updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:
@@ -67,11 +69,12 @@ class FedSb(LoraMethod):
     def check(self, site: Site) -> None:
         """Raises UserError for a bound that cannot hold, a run without training, and a model without place for LoRA."""
         ranks.check_linear(site, self.spec(site))
-        bound = site.run.server.norm_bound
-        if bound is not None:
-            raise UserError(
-                f"server.norm_bound: {bound:g} bounds changes, and fed_sb's first updates are gradients; remove it"
-            )
+        for name in ("norm_bound", "norm_clip"):
+            bound = getattr(site.run.server, name)
+            if bound is not None:
+                raise UserError(
+                    f"server.{name}: {bound:g} bounds changes, and fed_sb's first updates are gradients; remove it"
+                )
         if site.run.rounds < 2:
             raise UserError("rounds: 1 trains nothing; fed_sb's first round finds A and B, give at least 2")
 

@@ -56,6 +56,7 @@ class FfaLora(LoraMethod):
     variant: Literal["plain", "rslora"] = "plain"
 
     asynchronous: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

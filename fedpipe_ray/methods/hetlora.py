@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -55,6 +55,8 @@ class HetLora(LoraMethod):
     penalty: float = 0.001
     gamma: float = 0.99
     least: int = 1
+
+    pseudo_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

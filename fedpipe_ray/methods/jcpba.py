@@ -96,7 +96,7 @@ class Jcpba(LoraMethod):
         "DoRA divides a weight by the norms of its rows, and those of a pruned weight are others on every edge"
     )
     pseudo_gradient: ClassVar[bool] = True
-    aside: ClassVar[frozenset[str]] = frozenset({SCORES})
+    aside: ClassVar[tuple[str, ...]] = (SCORES,)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,6 +45,7 @@ class RoLora(LoraMethod):
     ranks: dict[str, int] = field(default_factory=dict)
     variant: Literal["plain", "rslora"] = "plain"
 
+    pseudo_gradient: ClassVar[bool] = True
     updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ class Scaffold(LoraMethod):
     server_lr: float = 1.0
     variant: Variant = "plain"
 
+    pseudo_gradient: ClassVar[bool] = True
+    aside: ClassVar[tuple[str, ...]] = (f"{CONTROL}*",)
     updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:

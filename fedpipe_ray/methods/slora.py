@@ -26,7 +26,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class SLora(LoraMethod):
     density: float = 0.01
     sparse_lr: float | None = None
     variant: Literal["plain", "rslora"] = "plain"
+
+    pseudo_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -42,6 +42,8 @@ class ZeroPad(LoraMethod):
 
     ranks: dict[str, int] = field(default_factory=dict)
     variant: Literal["plain", "rslora"] = "plain"
+
+    pseudo_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
