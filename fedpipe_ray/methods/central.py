@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import steps_of, summed_loss
 
-from .base import LoraMethod
+from .base import LoraMethod, Updates
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -90,6 +90,8 @@ class Central(LoraMethod):
 
     steps: int | None = None
     variant: Variant = "plain"
+
+    updates: ClassVar[Updates] = "entries"  # there are none
 
     def __post_init__(self) -> None:
         super().__post_init__()

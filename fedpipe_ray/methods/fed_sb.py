@@ -60,7 +60,7 @@ class FedSb(LoraMethod):
 
     pseudo_gradient: ClassVar[bool] = True
     aside: ClassVar[tuple[str, ...]] = ("*.lora_A.weight", "*.lora_B.weight")  # all but R and a head
-    updates: ClassVar[Updates] = "values"
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

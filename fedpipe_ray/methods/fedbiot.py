@@ -48,7 +48,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import summed_loss
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals, unlike
+from .base import LoraMethod, LoraWeights, Updates, Weights, arrivals, unlike
 
 if TYPE_CHECKING:
     from fedpipe_ray.model import Base
@@ -145,6 +145,11 @@ class FedBiOT(LoraMethod):
             require(value is None or value >= 0, f"method.{name}: {value} must not be negative")
         for name in ("align_lr", "align_batch"):
             require(getattr(self, name) > 0, f"method.{name}: {getattr(self, name)} must be above 0")
+
+    @property
+    def updates(self) -> Updates:
+        """`product` finds a new basis in every round."""
+        return "entries" if self.join == "factors" else "changes"
 
     @property
     def prealigning(self) -> int:
@@ -245,8 +250,7 @@ class FedBiOT(LoraMethod):
         shape = self.shape(server)
         like = shape.small({name: state.tensors[name] for name in shape.adapter})
         mean, numbers = {name: torch.zeros(t.shape) for name, t in like.items()}, dict(state.numbers)
-        rows: dict[str, float] = {}
-        updates: dict[str, Message] = {}
+        rows, updates = dict[str, float](), dict[str, Message]()
         for report, message in arrivals(reports, lambda message: misfit(message, like)):
             rows[report.edge] = message.numbers["rows"] if self.weigh == "rows" else 1.0
             if self.join == "product":

@@ -30,7 +30,7 @@ from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 
-from .base import LoraMethod, LoraWeights, Weights
+from .base import LoraMethod, LoraWeights, Updates, Weights
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -48,6 +48,7 @@ class FedSaLora(LoraMethod):
     personal: ClassVar[bool] = True
     averaging: ClassVar[bool] = True
     pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def check(self, site: Site) -> None:
         """Raises UserError for targets that are not there or have no such factors; loads no weights."""

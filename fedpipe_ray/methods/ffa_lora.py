@@ -39,7 +39,7 @@ from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, LoraWeights, Weights
+from .base import LoraMethod, LoraWeights, Updates, Weights
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -57,6 +57,7 @@ class FfaLora(LoraMethod):
 
     asynchronous: ClassVar[bool] = True
     pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,7 +35,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.stacking import frobenius, tail
 
-from .base import LoraMethod, arrivals
+from .base import LoraMethod, Updates, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -57,6 +57,7 @@ class HetLora(LoraMethod):
     least: int = 1
 
     pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

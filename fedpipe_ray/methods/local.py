@@ -26,7 +26,7 @@ from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals
+from .base import LoraMethod, LoraWeights, Updates, Weights, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -42,6 +42,7 @@ class Local(LoraMethod):
     variant: Variant = "plain"
 
     personal: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"  # there are none
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server knows nothing."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import require
 from fedpipe_ray.stacking import Pair
 
-from .base import LoraMethod, weighted_mean
+from .base import LoraMethod, Updates, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -46,6 +46,8 @@ class LoraFair(LoraMethod):
     lam: float = 0.01
     limit: int | None = None
     variant: Literal["plain", "rslora"] = "plain"
+
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

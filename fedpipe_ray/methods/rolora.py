@@ -46,7 +46,7 @@ class RoLora(LoraMethod):
     variant: Literal["plain", "rslora"] = "plain"
 
     pseudo_gradient: ClassVar[bool] = True
-    updates: ClassVar[Updates] = "values"
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

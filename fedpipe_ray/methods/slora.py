@@ -38,7 +38,7 @@ from fedpipe_ray.partial import joined
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals, unlike, weighted_mean
+from .base import LoraMethod, LoraWeights, Updates, Weights, arrivals, unlike, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -58,6 +58,7 @@ class SLora(LoraMethod):
     variant: Literal["plain", "rslora"] = "plain"
 
     pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,7 +27,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, arrivals
+from .base import LoraMethod, Updates, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -44,6 +44,7 @@ class ZeroPad(LoraMethod):
     variant: Literal["plain", "rslora"] = "plain"
 
     pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
