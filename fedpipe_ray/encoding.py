@@ -1,12 +1,13 @@
 """Updates on their way up: through a codec on the edge, and back to full ones before a method's `aggregate` sees any.
 
-A tensor of an update that its order has too, in floating point and in the same shape, is encoded as its change: a
-zeroed weight is not a zero change. Others of floating point, such as FedKSeed's slopes, are encoded whole by bf16, int8
-and nf4 and left alone by the codecs of changes; integers and numbers are always left alone. What is not encoded, and
-what a codec leaves in floating point, travels in wire.dtype. Orders are not encoded: one is put once for all edges, and
-a change of it would be another one for each. Parts of all tensors lie one behind the other in a few tensors
-`codec.PART`; names that the order has do not travel. `codec.known`: places of the encoded ones among the order's, by
-name, where they are not all of them. A tensor encoded whole is announced by an empty one of its name, [0, *shape].
+A tensor of an update that its order has too, to keep or not, in floating point and in the same shape, is encoded as its
+change: a zeroed weight is not a zero change. Others of floating point, such as FedKSeed's slopes, are encoded whole by
+bf16, int8 and nf4 and left alone by the codecs of changes; integers and numbers are always left alone. What is not
+encoded, and what a codec leaves in floating point, travels in wire.dtype. Orders are not encoded: one is put once for
+all edges, and a change of it would be another one for each. Parts of all tensors lie one behind the other in a few
+tensors `codec.PART`; names that the order has do not travel. `codec.known`: places of the encoded ones among the
+order's, by name, where they are not just all that the edge does not keep. A tensor encoded whole is announced by an
+empty one of its name, [0, *shape].
 
 Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2): an edge encodes its change
 plus what its codec left out before, and keeps what it leaves out now. That, and lowrank's Q, is private state of the
@@ -86,7 +87,7 @@ class Encoding:
             for part, values in parts.items():
                 pieces.setdefault(part, []).append(values)
         tensors = {PREFIX + part: torch.cat(values) for part, values in pieces.items()}
-        if list(known) != list(base):
+        if list(known) != usual(order):
             places = {name: place for place, name in enumerate(base)}
             tensors[PREFIX + KNOWN] = torch.tensor([places[name] for name in known], dtype=torch.int32)
         whole = {name: floats[name].new_empty(0, *floats[name].shape) for name in strange}
@@ -120,7 +121,8 @@ class Encoding:
         """
         base, layout, plain = changeable(order), dict[str, torch.Size](), dict[str, torch.Tensor]()
         streams = {n.removeprefix(PREFIX): t for n, t in message.tensors.items() if n.startswith(PREFIX)}
-        known = known_names(streams.pop(KNOWN, None), list(base))
+        places = streams.pop(KNOWN, None)
+        known = dict.fromkeys(usual(order)) if places is None else known_names(places, list(base))
         layout |= {name: base[name].shape for name in known}
         for name, tensor in message.tensors.items():
             if name.startswith(PREFIX):
@@ -166,13 +168,17 @@ class Encoding:
 
 def changeable(order: Message) -> dict[str, torch.Tensor]:
     """The tensors of an order that a change can be told of, by name: both ends must have them in the same order."""
-    return {name: tensor for name, tensor in sorted(order.rest.items()) if tensor.is_floating_point()}
+    found = {**order.kept, **order.rest}
+    return {name: tensor for name, tensor in sorted(found.items()) if tensor.is_floating_point()}
 
 
-def known_names(places: torch.Tensor | None, names: list[str]) -> dict[str, None]:
+def usual(order: Message) -> list[str]:
+    """The names of those that come back if nothing else is said: all but kept ones."""
+    return [name for name in changeable(order) if name in order.tensors]
+
+
+def known_names(places: torch.Tensor, names: list[str]) -> dict[str, None]:
     """The encoded ones of the order's, in order. Raises UnfitUpdate for places that are none, or stand twice."""
-    if places is None:
-        return dict.fromkeys(names)
     if places.dtype != torch.int32 or places.ndim != 1 or len(places) > len(names):
         raise UnfitUpdate(f"its update encodes {list(places.shape)} tensors of {len(names)} in the order")
     found = places.tolist()
@@ -225,7 +231,8 @@ def check_codec(run: Run, method: Any) -> None:
             "values of its own; use bf16, int8 or nf4, or remove wire.codec"
         )
     if run.wire.error_feedback and kind != "entries":
+        does = "sends values of its own" if kind == "values" else "may give an entry another meaning in every round"
         raise UserError(
-            f"wire.error_feedback: what a round leaves out is sent with the same entries in the next, and {name} may "
-            "give an entry another meaning in every round; set it to false"
+            f"wire.error_feedback: what a round leaves out of a change is sent with the same entries in the next, and "
+            f"{name} {does}; set it to false"
         )

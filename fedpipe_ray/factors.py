@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from . import lora
-from .errors import UserError
 from .methods.base import arrivals, unlike
 from .report import Lost, Report
-from .settings import require
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -68,19 +66,6 @@ def training_only(model: Any, names: Collection[str]) -> Iterator[None]:
     finally:
         for parameter in rest:
             parameter.requires_grad_(True)
-
-
-def check_ranks(ranks: Mapping[str, int], rank: int) -> None:
-    """Raises ValueError for a rank that the global adapter has not."""
-    for edge, own in ranks.items():
-        require(1 <= own <= rank, f"method.ranks.{edge}: {own} must lie in [1, method.rank: {rank}]")
-
-
-def check_edges(ranks: Mapping[str, int], edges: Collection[str]) -> None:
-    """Raises UserError for an edge that is not there."""
-    odd = [edge for edge in ranks if edge not in edges]
-    if odd:
-        raise UserError(f"method.ranks: no edge {', '.join(odd)}; there are {', '.join(edges)}")
 
 
 def exact_mean(

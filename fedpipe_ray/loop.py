@@ -292,7 +292,7 @@ def optimized(
     how = server.run.server.optimizer
     if how is None or not any(isinstance(outcome, Report) for outcome in outcomes.values()):
         return after, moments
-    return stepped(before, after, moments, how, getattr(method, "aside", frozenset()))
+    return stepped(before, after, moments, how, getattr(method, "aside", ()))
 
 
 def watch(reports: Iterable[Report | Lost], outcomes: dict[str, Report | Lost]) -> Iterator[Report | Lost]:

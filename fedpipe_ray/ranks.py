@@ -1,12 +1,11 @@
-"""Ranks by edge: each trains the leading triplets of one adapter, at the scale alpha / rank of the whole (ours).
+"""Ranks by edge: each trains the leading triplets of one adapter, at the scale of the whole (ours).
 
-The scale is that of the global adapter on server and edges: were it alpha / r_k on an edge, its product would mean
-something else there than where it is averaged.
+The scale is that of the global adapter on server and edges, alpha / rank or rsLoRA's: were it alpha / r_k on an edge,
+its product would mean something else there than where it is averaged.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -43,18 +42,18 @@ def check(ranks: Mapping[str, int], site: Site, spec: lora.LoraSpec) -> None:
             f"method.ranks: {ranks[odd[0]]} for edge {odd[0]}, which is not in the fleet; "
             f"there are {', '.join(site.run.fleet.edges)}"
         )
+    check_linear(site, spec)
+
+
+def check_linear(site: Site, spec: lora.LoraSpec) -> None:
+    """Raises UserError for targets whose factors are no two matrices that are multiplied; loads no weights."""
     found = lora.parameters(site.skeleton(spec)).items()
-    odd = [n for n, p in found if ".lora_" in n and (p.ndim != 2 or ".lora_embedding_" in n)]
+    odd = [n for n, p in found if ".lora_embedding_" in n or (".lora_A." in n and p.ndim != 2)]
     if odd:
         raise UserError(
             f"method.targets: {lora.module_of(odd[0])} is no linear layer, and products of linear layers alone are "
             "joined; leave it out, or use method.name: lora"
         )
-
-
-def at(spec: lora.LoraSpec, rank: int) -> lora.LoraSpec:
-    """`spec` at another rank and the same scale."""
-    return spec if rank == spec.rank else dataclasses.replace(spec, rank=rank, alpha=spec.alpha / spec.rank * rank)
 
 
 def part(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
@@ -83,7 +82,7 @@ def trained(
 
     penalty: of the parameters by PEFT key, added to the loss.
     """
-    model = lora.attach(site.base, at(spec, rank_of(tensors)))
+    model = lora.attach(site.base, spec.at(rank_of(tensors)))
     lora.load(model, tensors)
     now = lora.parameters(model)
     site.train(model, rng, summed_loss, None if penalty is None else lambda: penalty(now))

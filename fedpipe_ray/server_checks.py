@@ -8,6 +8,19 @@ from .methods import declaring
 from .methods.base import Method
 from .settings import Run
 
+# Why server.optimizer would do harm, by method.
+UNFIT = {
+    "central": "no update of an edge is joined",
+    "fedadapter": "the winner of a trial takes the names of the others, and its numbers are another adapter's",
+    "fedbiot": "the emulator is aligned with the very adapter that was averaged, before an optimizer could move it",
+    "fedex_lora": "what is kept beside the base is what the averaged factors themselves miss, and wrong beside others",
+    "fedpipe": "SVD gives the factors a new basis in every round (with join: pad, a baseline, it does not)",
+    "flexlora": "SVD gives the factors a new basis in every round",
+    "flora": "every round trains a fresh adapter, and what came of the one before is frozen",
+    "local": "no update of an edge is joined",
+    "lora_fair": "B is corrected for the very A that was averaged, before an optimizer could move it",
+}
+
 
 def check_server(run: Run, method: Method) -> None:
     """Raises UserError if the method has nothing that server.optimizer or server.aggregator could act on.
@@ -16,9 +29,10 @@ def check_server(run: Run, method: Method) -> None:
     """
     name, optimizer, aggregator = type(method).__name__, run.server.optimizer, run.server.aggregator
     if optimizer is not None and not getattr(method, "pseudo_gradient", False):
+        why = UNFIT.get(run.method["name"], "its class does not declare pseudo_gradient (fedpipe_ray/methods/base.py)")
         raise UserError(
-            f"server.optimizer: {optimizer.name} acts on changes of numbers that mean the same in every round, "
-            f"and the state of {name} has none; methods that have them: {declaring('pseudo_gradient')}; or leave it out"
+            f"server.optimizer: {optimizer.name} does not fit {run.method['name']}: {why}; methods that it fits: "
+            f"{declaring('pseudo_gradient')}; or leave it out"
         )
     if aggregator.name == "mean":
         return

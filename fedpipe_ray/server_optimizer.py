@@ -12,7 +12,8 @@ With x the state a round starts from, y what the method aggregates, d = y - x, a
 with m = 0 and v = tau^2 at first, the least that the paper's algorithm 2 allows. As in the paper there is no bias
 correction, and tau stands outside the root. FedAdamW is AdamW's decoupled decay (Loshchilov and Hutter 2019, arXiv
 1711.05101) in this notation; the paper has none. Ours: d comes from the method's own aggregate, be it a mean or a
-robust rule, and of buffered rounds from a buffer; a round without a usable report makes no step.
+robust rule, and of buffered rounds from a buffer; a round without a usable report makes no step, and a tensor that a
+method leaves as it is, or that is new, makes none in that round.
 
 Each operation is one torch kernel that IEEE arithmetic determines, so that threads do not change bits. The moments take
 one (FedAvgM) or two tensors beside each of the state's, however many edges there are.
@@ -20,7 +21,8 @@ one (FedAvgM) or two tensors beside each of the state's, however many edges ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
@@ -34,19 +36,21 @@ BESIDE = "moments/"  # before their names in a checkpoint, where they lie in one
 
 
 def stepped(
-    before: Message, after: Message, moments: Moments, how: Optimizer, aside: frozenset[str] = frozenset()
+    before: Message, after: Message, moments: Moments, how: Optimizer, aside: Sequence[str] = ()
 ) -> tuple[Message, Moments]:
     """(the next state, the next moments) from a round's states; nothing that is passed in is changed.
 
-    aside: names of tensors that stay as they are in `after`, as those do that are no floating-point numbers.
+    aside: patterns of names of tensors that stay as they are in `after`, as those do that are no floating-point
+    numbers, that `before` has not, or that are the very tensors of `before`: their moments stand still.
     """
     lr, decay, tau = how.lr, how.weight_decay, how.tau
     assert lr is not None, "every optimizer has one"
     tensors, found = dict(after.tensors), dict[str, torch.Tensor]()
     for name, new in after.tensors.items():
-        if name in aside or not new.is_floating_point():
+        x = before.tensors.get(name)
+        if x is None or new is x or not new.is_floating_point() or any(fnmatchcase(name, one) for one in aside):
+            found |= {key: moments[key] for key in (f"m/{name}", f"v/{name}") if key in moments}
             continue
-        x = before.tensors[name]
         d, v = new - x, moments.get(f"v/{name}")
         m = first(d, moments.get(f"m/{name}"), how)
         if how.beta1:

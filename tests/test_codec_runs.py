@@ -18,10 +18,10 @@ from toy_rounds import FAST, Adding, Noting, toy_run
 
 from fedpipe_ray.buffered import federate_buffered
 from fedpipe_ray.codecs import make_codec
-from fedpipe_ray.encoding import Encoding, check_codec
+from fedpipe_ray.encoding import Encoding, changeable, check_codec
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.fleet import SerialFleet
-from fedpipe_ray.loop import Round, federate
+from fedpipe_ray.loop import Round, Start, federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import METHODS, make_method
 from fedpipe_ray.randomness import rng_for
@@ -43,7 +43,10 @@ def made(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path,
     deep_dir: Path, public_file: Path,
 ) -> Made:  # fmt: skip
-    """(method, server, state, an edge's order, its update as it was made, its report) of one round without a codec."""
+    """(method, server, state, an edge's order, its update as it was made, its report) of a round without a codec.
+
+    The first round in which changes are sent: `fed_sb`'s is the second.
+    """
     folder = tmp_path_factory.mktemp("codecs")
     path = tiny_run(folder, model_dir, data_dir)
     needs = needs_of(request.param, folder, model_dir, data_dir, deep_dir, public_file)
@@ -52,9 +55,13 @@ def made(
     fleet, server = SerialFleet(run, method), server_site(run, method, run.data.labels)
     fleet.open()
     state = method.start(server, rng_for(0, 0, "start"))
-    order = method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan"))["a"]
+    number = int(request.param == "fed_sb")
+    if number:
+        *_, done = federate(method, fleet, server, rounds=1, seed=0, evaluate_every=0, start=Start(state))
+        state = done.state
+    order = method.plan(state, fleet.edges, server, number, rng_for(0, number, "plan"))["a"]
     assert isinstance(order, Message)
-    report, update = attempt(fleet.sites["a"], order, 0)
+    report, update = attempt(fleet.sites["a"], order, number)
     assert isinstance(report, Report)
     assert update is not None
     return method, server, state, order, update, report
@@ -78,6 +85,8 @@ def test_every_method_works_with_every_codec_or_refuses_it(made: Made, codec: di
     reports: list[Report | Lost] = [arrived, Lost("b", "gone")]
     after = method.aggregate(state, reports, server, 0, rng_for(0, 0, "aggregate"))
     assert arrived.rejected is None
+    if getattr(method, "updates", "changes") != "values":
+        assert changeable(order).keys() >= update.tensors.keys()  # nothing travels as it is
     new = after.tensors.keys() - state.tensors.keys()
     assert new or any(not torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
 
@@ -88,8 +97,15 @@ def test_error_feedback_is_for_entries_that_stay_what_they_are(made: Made) -> No
     if getattr(method, "updates", "changes") == "entries":
         check_codec(run, method)
     else:
-        with pytest.raises(UserError, match=r"wire.error_feedback: .*; set it to false"):
+        does = {"fedkseed": "sends values of its own", "flora": "sends values of its own"}
+        why = does.get(run.method["name"], "may give an entry another meaning in every round")
+        with pytest.raises(UserError, match=rf"wire.error_feedback: .* {run.method['name']} {why}; set it to false"):
             check_codec(run, method)
+
+
+def test_fedbiot_keeps_entries_unless_it_joins_products() -> None:
+    kinds = {join: make_method({"name": "fedbiot", "join": join}).updates for join in ("factors", "product")}
+    assert kinds == {"factors": "entries", "product": "changes"}
 
 
 # -- rounds by hand
@@ -201,7 +217,10 @@ def test_a_round_that_is_tried_again_sends_the_same_bytes(run_file: Path) -> Non
     assert {name.rpartition("base_model")[0] for name in kept.tensors} == {"", "codec.left."}
 
 
-@pytest.mark.parametrize(("method", "codec"), [("lora", TOPK), ("scaffold", {"name": "lowrank", "rank": 1})])
+@pytest.mark.parametrize(
+    ("method", "codec"),
+    [("lora", TOPK), ("scaffold", {"name": "lowrank", "rank": 1}), ("rolora", {"name": "topk", "share": 0.25})],
+)
 def test_resumed_with_error_feedback(method: str, codec: dict[str, Any], run_file: Path, tmp_path: Path) -> None:
     """From the checkpoint before the last round, two of three edges a round: the bits of the run that went on.
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from methods_made import needs_of
-from runs import fleet_of, load, tiny_run
+from runs import assert_same, fleet_of, load, tiny_run
 
-from fedpipe_ray.fleet import Fleet
-from fedpipe_ray.loop import Start, federate, sample
-from fedpipe_ray.methods import METHODS, make_method
+from fedpipe_ray.fleet import Fleet, SerialFleet
+from fedpipe_ray.loop import Round, Start, federate, sample
+from fedpipe_ray.methods import METHODS, make_method, method_class, takes_ranks
 from fedpipe_ray.methods.base import shown
 from fedpipe_ray.randomness import rng_for
+from fedpipe_ray.record import Checkpoint, RunFolder
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.run import server_site
 from fedpipe_ray.settings import Run
@@ -31,9 +33,11 @@ def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path,
     deep_dir: Path, public_file: Path,
 ) -> Run:  # fmt: skip
+    """Of each method a tiny run, with unequal ranks where it takes them."""
     folder = tmp_path_factory.mktemp("contract")
     path = tiny_run(folder, model_dir, data_dir)
-    return load(path, *needs_of(request.param, folder, model_dir, data_dir, deep_dir, public_file))
+    uneven = ["method.ranks={b: 1}"] if takes_ranks(method_class(request.param)) else []
+    return load(path, *needs_of(request.param, folder, model_dir, data_dir, deep_dir, public_file), *uneven)
 
 
 @pytest.fixture(scope="module", params=FLEETS)
@@ -104,6 +108,45 @@ def test_all_lost_leaves_the_state(run: Run) -> None:
     lost: list[Report | Lost] = [Lost("a", "gone"), Lost("b", "gone")]
     after = method.aggregate(state, lost, server, 0, rng_for(run.seed, 0, "aggregate"))
     assert all(torch.equal(after.tensors[name], state.tensors[name]) for name in state.tensors)
+
+
+def test_resumed_it_has_the_bits_of_a_run_that_went_on(run: Run, tmp_path: Path) -> None:
+    """From the checkpoint of one round and what edges kept, a new fleet does the second one.
+
+    Same state, outcomes and private states; a kept tensor is held again and costs no byte twice.
+    """
+    fewer = {"tau": 4} if run.method["name"] == "fedkseed" else {}
+    local = dataclasses.replace(run.local, steps=1, batch=2)
+    run = dataclasses.replace(run, method={**run.method, **fewer}, local=local)
+    whole, going = opened(run, tmp_path / "private")
+    first = next(going)
+    private = {edge: one.private for edge, one in first.outcomes.items() if one.private is not None}
+    folder = RunFolder(tmp_path)
+    folder.save_checkpoint(Checkpoint(Start(first.state, 1, private, first.clock_seconds, held=first.held), "", {}))
+    if private:
+        shutil.copytree(tmp_path / "private", tmp_path / "moved")
+    expected = next(going)
+    start = folder.load_checkpoint().start
+    other, again = opened(run, tmp_path / "moved", start)
+    other.restore(1, start.private)
+    found = next(again)
+    assert_same(dict(found.state.tensors), dict(expected.state.tensors))
+    assert found.state.numbers == expected.state.numbers
+    assert {edge: (one.cost.bytes_down, one.cost.bytes_up) for edge, one in found.outcomes.items()} == {
+        edge: (one.cost.bytes_down, one.cost.bytes_up) for edge, one in expected.outcomes.items()
+    }
+    for edge, site in whole.sites.items():
+        kept, own = site.private_before(2), other.sites[edge].private_before(2)
+        assert (kept is None) == (own is None)
+        assert_same(dict(kept.tensors if kept else {}), dict(own.tensors if own else {}))
+
+
+def opened(run: Run, private: Path, start: Start | None = None) -> tuple[SerialFleet, Iterator[Round]]:
+    """A fleet in this process, and its two rounds."""
+    method = make_method(run.method)
+    fleet, server = SerialFleet(run, method, private), server_site(run, method, run.data.labels)
+    fleet.open()
+    return fleet, federate(method, fleet, server, rounds=2, seed=run.seed, evaluate_every=0, start=start)
 
 
 def test_hyperparameters_are_frozen_and_described(run: Run) -> None:

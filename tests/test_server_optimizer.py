@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,9 @@ from toy_rounds import FAST, FLEETS, SPEEDS, Adding, on_fleet, toy_run, x
 from fedpipe_ray.buffered import federate_buffered
 from fedpipe_ray.loop import Start, federate
 from fedpipe_ray.message import Message
+from fedpipe_ray.methods import METHODS, method_class
 from fedpipe_ray.record import RunFolder
+from fedpipe_ray.server_checks import UNFIT
 from fedpipe_ray.server_optimizer import apart, stepped, together
 from fedpipe_ray.server_settings import OPTIMIZERS, Optimizer
 
@@ -145,8 +148,8 @@ def test_yogi_falls_by_as_much_where_changes_are_small() -> None:
 
 def test_decay_is_of_the_state_before() -> None:
     """No change: x goes to (1 - 0.5 x 0.2) x = 0.9 x."""
-    state = Message({"w": torch.tensor([10.0])})
-    after, _ = stepped(state, state, {}, Optimizer(name="fedadamw", lr=0.5, weight_decay=0.2))
+    state, same = (Message({"w": torch.tensor([10.0])}) for _ in range(2))
+    after, _ = stepped(state, same, {}, Optimizer(name="fedadamw", lr=0.5, weight_decay=0.2))
     assert after.tensors["w"].item() == pytest.approx(9)
 
 
@@ -156,14 +159,25 @@ def test_nothing_that_is_passed_in_is_changed(name: Any) -> None:
     before = Message({"w": torch.ones(2), "s": torch.ones(2), "i": torch.ones(2, dtype=torch.int32)}, {"n": 1.0})
     after = Message({"w": torch.zeros(2), "s": torch.zeros(2), "i": torch.zeros(2, dtype=torch.int32)}, {"n": 2.0})
     how = Optimizer(name=name, beta1=0.5)
-    state, moments = stepped(before, after, {}, how, frozenset({"s"}))
+    state, moments = stepped(before, after, {}, how, ("s*",))
     kept = {key: tensor.clone() for key, tensor in moments.items()}
-    again, _ = stepped(before, after, moments, how, frozenset({"s"}))
+    again, _ = stepped(before, after, moments, how, ("s*",))
     assert_same(dict(moments), kept)
     assert set(moments) == {"m/w", "v/w"} - ({"v/w"} if name == "fedavgm" else set())
     assert [before.tensors["w"].tolist(), after.tensors["w"].tolist()] == [[1, 1], [0, 0]]
     for found in (state, again):
         assert (found.tensors["s"].tolist(), found.tensors["i"].tolist(), found.numbers) == ([0, 0], [0, 0], {"n": 2})
+
+
+def test_what_a_round_leaves_or_brings_makes_no_step() -> None:
+    """The very tensor of the state before, and one that it had not; momentum and decay stand still, too."""
+    before = Message({"w": torch.ones(1), "u": torch.ones(1)})
+    after = Message({"w": before.tensors["w"], "u": torch.ones(1), "new": torch.ones(1)})
+    moments = {"m/w": torch.ones(1), "v/w": torch.ones(1), "m/u": torch.ones(1), "v/u": torch.ones(1)}
+    state, found = stepped(before, after, moments, Optimizer(name="fedadamw", weight_decay=0.5))
+    assert [state.tensors[name] is after.tensors[name] for name in ("w", "u", "new")] == [True, False, True]
+    assert [found[key] is moments[key] for key in moments] == [True, True, False, False]
+    assert found.keys() == moments.keys()
 
 
 def test_state_and_moments_lie_in_one_file(tmp_path: Path) -> None:
@@ -279,6 +293,50 @@ def test_a_resumed_run_has_the_same_bits(run_file: Path, tmp_path: Path) -> None
     assert manifest(whole)["round"] == 5
 
 
+@pytest.mark.parametrize(
+    ("method", "stays"),
+    [
+        ("{name: ffa_lora, rank: 4, ranks: {b: 1}}", ""),
+        ("{name: zeropad, rank: 4, ranks: {b: 1}}", ""),
+        ("{name: hetlora, rank: 4, ranks: {b: 1}}", ""),
+        ("{name: scaffold, rank: 4}", "control."),
+        ("{name: rolora, rank: 4}", ""),
+        ("{name: fed_sb, rank: 4}", ".weight"),
+        ("{name: slora, rank: 4, sparse_rounds: 1}", ""),
+        ("{name: fedkseed, seeds: 64, tau: 8, pro: true}", "history"),
+    ],
+)  # fmt: skip
+def test_each_round_is_a_step_from_what_the_method_makes_of_it(method: str, stays: str, run_file: Path) -> None:
+    """m = m / 2 + d and x + m / 2, of each tensor that the round changed; of others nothing but what the method did.
+
+    stays: of some name that never steps.
+    """
+    arguments = (f"method={method}", "local={steps: 1, batch: 2}", "fleet={ray: false, edges: {a: {}, b: {}}}")
+    fleet, how, plain, state = opened_run(run_file, *arguments)
+    server = opened_run(run_file, *arguments, "server.optimizer={name: fedavgm, lr: 0.5, beta1: 0.5}")[2]
+    m, moments, still, aside = dict[str, torch.Tensor](), {}, set[str](), getattr(how, "aside", ())
+    for number in range(3):
+        starts = Start(state, number), Start(state, number, moments=moments)
+        both = zip((plain, server), starts, strict=True)
+        (made,), (done,) = (
+            list(federate(how, fleet, one, rounds=number + 1, seed=0, evaluate_every=0, start=start))
+            for one, start in both
+        )
+        for name, y in made.state.tensors.items():
+            x, found = state.tensors.get(name), done.state.tensors[name]
+            if x is None or torch.equal(x, y) or any(fnmatchcase(name, one) for one in aside) or name == "seed":
+                still.add(name)
+                assert torch.equal(found, y), name
+                continue
+            m[name] = m[name] * 0.5 + (y - x) if name in m else y - x
+            torch.testing.assert_close(found, x + 0.5 * m[name], rtol=0, atol=1e-7)
+            assert not torch.equal(found, y)
+        state, moments = done.state, done.moments
+    assert {f"m/{name}" for name in m if name in state.tensors} == set(moments)
+    assert not stays or any(stays in name for name in still - m.keys())
+    assert m.keys() & state.tensors.keys()
+
+
 @pytest.mark.parametrize("method", ["{name: full}", "{name: jcpba, score: taylor}"])
 def test_other_methods_learn_with_it(method: str, run_file: Path) -> None:
     """Every tensor of theirs has moments, but jcpba's scores, which are no weights."""
@@ -308,10 +366,11 @@ def test_other_methods_learn_with_it(method: str, run_file: Path) -> None:
         (("server.optimizer={name: fedadam, rate: 1}",), "unknown key server.optimizer.rate; known keys: beta1"),
         (("server.optimizer={lr: 1}",), "server.optimizer.name: ... required"),
         *[
-            (("server.optimizer={name: fedadam}", f"method={{name: {name}}}"), f"server.optimizer: fedadam acts on "
-             f"changes of numbers that mean the same in every round, and the state of {cls} has none; methods that "
-             "have them: ... full, ... jcpba, ... lora, ... or leave it out")
-            for name, cls in (("fedpipe", "FedPipe"), ("fedkseed", "FedKSeed"), ("fedadapter", "FedAdapter"))
+            (("server.optimizer={name: fedadam}", f"method={{name: {name}}}"),
+             f"server.optimizer: fedadam does not fit {name}: {why} ... methods that it fits: ... full, ... jcpba, ... "
+             "lora, ... or leave it out")
+            for name, why in (("fedpipe", "SVD gives"), ("flora", "every round trains a fresh adapter"),
+                              ("fedadapter", "the winner of a trial"), ("lora_fair", "B is corrected for the very A"))
         ],
     ],
 )  # fmt: skip
@@ -319,6 +378,10 @@ def test_refused(
     overrides: tuple[str, ...], says: str, run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert_refused(capsys, "run", run_file, *overrides, says=says, out=tmp_path / "out")
+
+
+def test_every_method_takes_an_optimizer_or_has_a_reason() -> None:
+    assert {name for name in METHODS if not getattr(method_class(name), "pseudo_gradient", False)} == UNFIT.keys()
 
 
 def test_a_run_keeps_the_defaults_it_began_with() -> None:

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from fedpipe_ray.config import build
 from fedpipe_ray.errors import UserError
@@ -87,6 +87,12 @@ def make_method(settings: Mapping[str, Any]) -> Method:
             f"method.ranks: {settings['name']} needs one rank for all edges, method.rank; leave ranks out, or use one "
             f"that takes unequal ranks: {', '.join(uneven)}"
         )
+    if fields.get("variant") == "dora" and hasattr(cls, "against_dora") and not takes_dora(cls):
+        others = [name for name in METHODS if takes_dora(method_class(name))]
+        raise UserError(
+            f"method.variant: {settings['name']} has no dora: {cls.against_dora}; leave it out, or use one that does: "
+            f"{', '.join(others)}"
+        )
     method: Method = build(cls, fields, "method")
     return method
 
@@ -94,6 +100,11 @@ def make_method(settings: Mapping[str, Any]) -> Method:
 def takes_ranks(cls: Any) -> bool:
     """Whether a method's edges may be told ranks of their own."""
     return any(field.name == "ranks" for field in dataclasses.fields(cls))
+
+
+def takes_dora(cls: Any) -> bool:
+    """Whether DoRA is among the method's variants of LoRA."""
+    return "dora" in get_args(get_type_hints(cls).get("variant"))
 
 
 def listing() -> list[str]:

@@ -134,7 +134,7 @@ class Method(Protocol):
     of their own; `changes` of the order's tensors of the same names; or of `entries` that mean the same in every round.
     averaging: whether `aggregate` is averaging.average, so that server.aggregator acts. pseudo_gradient: whether the
     state's tensors are numbers in one basis over all rounds, so that server.optimizer can act on their changes; aside:
-    names of those that are not.
+    patterns of the names of those that are not. A tensor that a round does not touch is the same object in both states.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
@@ -143,7 +143,7 @@ class Method(Protocol):
     updates: ClassVar[Updates] = "changes"
     averaging: ClassVar[bool] = False
     pseudo_gradient: ClassVar[bool] = False
-    aside: ClassVar[frozenset[str]] = frozenset()
+    aside: ClassVar[tuple[str, ...]] = ()
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""
@@ -248,7 +248,7 @@ class LoraMethod(Section):
     """Federated training of one LoRA adapter of the same shape on every edge.
 
     The state is the adapter. Subclasses say how updates are aggregated; one that has other variants than plain LoRA has
-    a field `variant` with those of lora.Variant that its mathematics allows.
+    a field `variant` with those of lora.Variant that its mathematics allows. against_dora: why DoRA is none of them.
 
     rank, alpha: scale alpha / rank; targets: module names, or `all-linear`; dropout: on the adapter's input.
     """
@@ -259,6 +259,10 @@ class LoraMethod(Section):
     dropout: float = 0.0
 
     base: ClassVar[Literal["shared", "sent", "none"]] = "shared"
+    against_dora: ClassVar[str] = (
+        "its rule is one for the product B A, and DoRA's weight, which is divided by the norms of its rows, is linear "
+        "in neither factor"
+    )
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, f"method.rank: {self.rank} must be at least 1")

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,13 +39,14 @@ from fedpipe_ray.config import edge_data
 from fedpipe_ray.costs import Cost
 from fedpipe_ray.data import open_data
 from fedpipe_ray.errors import AllEdgesLost, DivergedError, UserError
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import steps_of, summed_loss
 
-from .base import LoraMethod
+from .base import LoraMethod, Updates
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -83,10 +84,14 @@ class Pooled:
 class Central(LoraMethod):
     """All rows in one place: one LoRA adapter trained on them by the server; an upper bound, in simulations alone.
 
-    steps: optimizer steps a round; null: as many as all edges together would do.
+    steps: optimizer steps a round; null: as many as all edges together would do. variant: of LoRA, `plain`, `rslora` or
+    `dora`.
     """
 
     steps: int | None = None
+    variant: Variant = "plain"
+
+    updates: ClassVar[Updates] = "entries"  # there are none
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedpipe_ray import factors, lora, stacking
+from fedpipe_ray import factors, lora, ranks, stacking
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.folding import MEASURED, Sums, of_b
 from fedpipe_ray.message import KEPT, Message
@@ -62,7 +62,9 @@ class FedSb(LoraMethod):
     batches: int = 4
     variant: Literal["plain", "rslora"] = "plain"
 
-    updates: ClassVar[Updates] = "values"
+    pseudo_gradient: ClassVar[bool] = True
+    aside: ClassVar[tuple[str, ...]] = ("*.lora_A.weight", "*.lora_B.weight")  # all but R and a head
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +72,7 @@ class FedSb(LoraMethod):
 
     def check(self, site: Site) -> None:
         """Raises UserError for a bound that cannot hold, a run without training, and a model without place for LoRA."""
-        super().check(site)
+        ranks.check_linear(site, self.spec(site))
         for name in ("norm_bound", "norm_clip"):
             bound = getattr(site.run.server, name)
             if bound is not None:

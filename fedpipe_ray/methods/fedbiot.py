@@ -48,7 +48,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import summed_loss
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals, unlike
+from .base import LoraMethod, LoraWeights, Updates, Weights, arrivals, unlike
 
 if TYPE_CHECKING:
     from fedpipe_ray.model import Base
@@ -113,7 +113,7 @@ class FedBiOT(LoraMethod):
     pull towards what an edge received (0, which measured best, or 1 in the paper); lam: lambda. prealign_steps (null:
     by beta), align_steps: of the server, before round 1 and after each; 0 and 0 are FedOT. align_lr, align_batch: its
     AdamW. positions: compared on `text` or `all`. weigh: edges by rows or `equal`. join: means of A and of B, or the
-    nearest `product`.
+    nearest `product`. variant: of LoRA.
     """
 
     a: int = 2
@@ -128,6 +128,7 @@ class FedBiOT(LoraMethod):
     positions: Positions = "text"
     weigh: Literal["rows", "equal"] = "rows"
     join: Literal["factors", "product"] = "factors"
+    variant: Literal["plain", "rslora"] = "plain"
 
     base: ClassVar[Literal["shared", "sent", "none"]] = "sent"
 
@@ -144,6 +145,11 @@ class FedBiOT(LoraMethod):
             require(value is None or value >= 0, f"method.{name}: {value} must not be negative")
         for name in ("align_lr", "align_batch"):
             require(getattr(self, name) > 0, f"method.{name}: {getattr(self, name)} must be above 0")
+
+    @property
+    def updates(self) -> Updates:
+        """`product` finds a new basis in every round."""
+        return "entries" if self.join == "factors" else "changes"
 
     @property
     def prealigning(self) -> int:
@@ -233,7 +239,7 @@ class FedBiOT(LoraMethod):
         """The adapter's LoRA after this round's local steps, and the edge's rows."""
         adapter, emulator = parts(order)
         model = pair(site.base, self.spec(site), adapter, emulator)
-        pull = Pull(lora.parameters(model), adapter, self.eps, self.alpha / self.rank) if self.eps else None
+        pull = Pull(lora.parameters(model), adapter, self.eps, self.spec(site).scale) if self.eps else None
         site.train(model, rng, summed_loss, pull)
         return Message(lora.read(model), {"rows": len(site.data.train)})
 
@@ -244,8 +250,7 @@ class FedBiOT(LoraMethod):
         shape = self.shape(server)
         like = shape.small({name: state.tensors[name] for name in shape.adapter})
         mean, numbers = {name: torch.zeros(t.shape) for name, t in like.items()}, dict(state.numbers)
-        rows: dict[str, float] = {}
-        updates: dict[str, Message] = {}
+        rows, updates = dict[str, float](), dict[str, Message]()
         for report, message in arrivals(reports, lambda message: misfit(message, like)):
             rows[report.edge] = message.numbers["rows"] if self.weigh == "rows" else 1.0
             if self.join == "product":

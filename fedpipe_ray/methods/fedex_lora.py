@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.stacking import concatenate
 
-from .base import LoraMethod, Weights, weighted_mean
+from .base import LoraMethod, Updates, Weights, weighted_mean
 
 if TYPE_CHECKING:
     import torch
@@ -43,10 +43,13 @@ if TYPE_CHECKING:
 class FedExLora(LoraMethod):
     """FedEx-LoRA: LoRA, average of A and of B, and the exact rest of their product kept frozen.
 
-    limit: rank of the sum that the server holds (null: whatever is exact).
+    limit: rank of the sum that the server holds (null: whatever is exact). variant: of LoRA.
     """
 
     limit: int | None = None
+    variant: Literal["plain", "rslora"] = "plain"
+
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

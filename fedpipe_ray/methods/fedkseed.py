@@ -94,6 +94,8 @@ class FedKSeed(Section):
     incremental: bool = True
 
     base: ClassVar[Literal["shared", "none"]] = "shared"
+    pseudo_gradient: ClassVar[bool] = True
+    aside: ClassVar[tuple[str, ...]] = ("history", "drawn")
     updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:

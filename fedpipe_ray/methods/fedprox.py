@@ -21,6 +21,7 @@ import numpy as np
 
 from fedpipe_ray import lora
 from fedpipe_ray.averaging import average
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.proximal import Near
 from fedpipe_ray.report import Lost, Report
@@ -35,9 +36,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FedProx(LoraMethod):
-    """FedProx: LoRA whose local steps are pulled back to what the edge was sent, with strength mu."""
+    """FedProx: LoRA whose local steps are pulled back to what the edge was sent, with strength mu.
+
+    variant: of LoRA, `plain`, `rslora` or `dora`.
+    """
 
     mu: float = 0.01
+    variant: Variant = "plain"
 
     asynchronous: ClassVar[bool] = True
     averaging: ClassVar[bool] = True

@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 
-from fedpipe_ray import lora
+from fedpipe_ray import lora, ranks
 from fedpipe_ray.averaging import average
 from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 
-from .base import LoraMethod, LoraWeights, Weights
+from .base import LoraMethod, LoraWeights, Updates, Weights
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -48,6 +48,11 @@ class FedSaLora(LoraMethod):
     personal: ClassVar[bool] = True
     averaging: ClassVar[bool] = True
     pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
+
+    def check(self, site: Site) -> None:
+        """Raises UserError for targets that are not there or have no such factors; loads no weights."""
+        ranks.check_linear(site, self.spec(site))
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """A fresh A, and the head of a classifier as the base model has it."""

@@ -33,14 +33,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import torch
 
-from fedpipe_ray import factors, lora
+from fedpipe_ray import factors, lora, ranks
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.message import Message
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, LoraWeights, Weights, as_sent
+from .base import LoraMethod, LoraWeights, Updates, Weights, as_sent
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -57,15 +57,16 @@ class FfaLora(LoraMethod):
     variant: Literal["plain", "rslora"] = "plain"
 
     asynchronous: ClassVar[bool] = True
+    pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factors.check_ranks(self.ranks, self.rank)
+        ranks.require_ranks(self.ranks, self.rank)
 
     def check(self, site: Site) -> None:
-        """Raises UserError for an edge that is not there, and if the model has no place for the adapter."""
-        super().check(site)
-        factors.check_edges(self.ranks, site.run.fleet.edges)
+        """Raises UserError for targets or edges that are not there; loads no weights."""
+        ranks.check(self.ranks, site, self.spec(site))
         if site.run.fleet.mode == "buffered" and any(rank < self.rank for rank in self.ranks.values()):
             raise UserError(
                 "method.ranks: fleet.mode: buffered needs equal ranks; leave them out, or set fleet.mode: synchronous"

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -41,10 +41,11 @@ class FlexLora(LoraMethod):
     """FlexLoRA: LoRA of unequal ranks, exact average of the products, redistributed by SVD.
 
     ranks: of single edges, by name; of all others `rank`, the global adapter's and the largest. limit: rank of the sum
-    that the server holds (null: whatever is exact).
+    that the server holds (null: whatever is exact). variant: of LoRA.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    variant: Literal["plain", "rslora"] = "plain"
     limit: int | None = None
 
     def __post_init__(self) -> None:

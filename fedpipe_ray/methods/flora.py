@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -44,10 +44,11 @@ class Flora(LoraMethod):
     """FLoRA: fresh LoRA of unequal ranks every round, stacked exactly and kept frozen.
 
     ranks: of single edges, by name; of all others `rank`, the largest. limit: rank of a round's stack (null: whatever
-    is exact).
+    is exact). variant: of LoRA.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    variant: Literal["plain", "rslora"] = "plain"
     limit: int | None = None
 
     updates: ClassVar[Updates] = "values"
@@ -82,7 +83,7 @@ class Flora(LoraMethod):
     def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
         """A fresh adapter after this round's local steps beside the blocks."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-        model = blocks.attach(site.base, ranks.at(self.spec(site), self.ranks.get(site.name, self.rank)), order)
+        model = blocks.attach(site.base, self.spec(site).at(self.ranks.get(site.name, self.rank)), order)
         shapes = {name: tuple(parameter.shape) for name, parameter in lora.parameters(model).items()}
         lora.load(model, lora.initial(shapes, generator) | order.rest)
         site.train(model, rng)
@@ -108,6 +109,6 @@ class Flora(LoraMethod):
         """One view: all blocks as one adapter; before the first of them one that does nothing."""
         own = dict(state.rest)
         if not state.kept:
-            nothing = lora.parameters(site.skeleton(ranks.at(self.spec(site), 1)))
+            nothing = lora.parameters(site.skeleton(self.spec(site).at(1)))
             own = {name: torch.zeros(p.shape) for name, p in nothing.items() if ".lora_" in name} | own
         return {"global": blocks.weights(self.spec(site), own, state)}

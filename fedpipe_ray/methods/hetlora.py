@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.stacking import frobenius, tail
 
-from .base import LoraMethod, arrivals
+from .base import LoraMethod, Updates, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -47,13 +47,17 @@ class HetLora(LoraMethod):
 
     ranks: of single edges at the start, by name; of all others `rank`, the largest. penalty: lambda; 0 leaves the loss
     as it is. gamma: g, the share of its rank that an edge may shrink to in a round; 1 never prunes. least: no edge's
-    rank falls below it.
+    rank falls below it. variant: of LoRA.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    variant: Literal["plain", "rslora"] = "plain"
     penalty: float = 0.001
     gamma: float = 0.99
     least: int = 1
+
+    pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

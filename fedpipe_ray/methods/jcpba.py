@@ -77,7 +77,7 @@ class Jcpba(LoraMethod):
     allocation: joint optimum, descent (`bcd`, pruning first), or a baseline of planning/wireless.py. rho_bar: mean
     pruning rate, rho_max: the highest. bandwidth_hz: of the uplink, power_dbm: an edge's, noise_dbm_hz: a hertz's.
     radius_m: of the disc in which edges stand whose profile has no distance_m; outage: chance that a link is blocked in
-    a round. score: which units stay; score_every: rounds between scorings by `taylor`.
+    a round. score: which units stay; score_every: rounds between scorings by `taylor`. variant: of LoRA.
     """
 
     allocation: Kind = "joint"
@@ -90,9 +90,13 @@ class Jcpba(LoraMethod):
     outage: float = 0.0
     score: Literal["magnitude", "taylor"] = "magnitude"
     score_every: int = 8
+    variant: Literal["plain", "rslora"] = "plain"
 
+    against_dora: ClassVar[str] = (
+        "DoRA divides a weight by the norms of its rows, and those of a pruned weight are others on every edge"
+    )
     pseudo_gradient: ClassVar[bool] = True
-    aside: ClassVar[frozenset[str]] = frozenset({SCORES})
+    aside: ClassVar[tuple[str, ...]] = (SCORES,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -225,7 +229,7 @@ class Jcpba(LoraMethod):
         if found is not None and bool(found.any()):
             return found
         lora.detach(server.base)
-        return pruning.magnitudes(server.base.model, self.structure(server), adapter_of(state), self.alpha / self.rank)
+        return pruning.magnitudes(server.base.model, self.structure(server), adapter_of(state), self.spec(server).scale)
 
     def part(self, rho: float, scores: torch.Tensor, state: Message, server: Site) -> tuple[torch.Tensor, Sides]:
         """(mask, kept entries of the adapter) of a rate."""

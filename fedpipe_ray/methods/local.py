@@ -20,12 +20,13 @@ import numpy as np
 import torch
 
 from fedpipe_ray import lora
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals
+from .base import LoraMethod, LoraWeights, Updates, Weights, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -33,9 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Local(LoraMethod):
-    """No federation: a LoRA adapter an edge, trained and evaluated there; nothing is sent."""
+    """No federation: a LoRA adapter an edge, trained and evaluated there; nothing is sent.
+
+    variant: of LoRA, `plain`, `rslora` or `dora`.
+    """
+
+    variant: Variant = "plain"
 
     personal: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"  # there are none
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server knows nothing."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import require
 from fedpipe_ray.stacking import Pair
 
-from .base import LoraMethod, weighted_mean
+from .base import LoraMethod, Updates, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -40,11 +40,14 @@ class LoraFair(LoraMethod):
     """LoRA-FAIR: LoRA, average of A and of B, and B corrected so that the product is near the average of the products.
 
     lam: lambda, on ||dB||^2; 0 is the nearest there is. limit: rank of the sum that the server holds (null: whatever is
-    exact).
+    exact). variant: of LoRA.
     """
 
     lam: float = 0.01
     limit: int | None = None
+    variant: Literal["plain", "rslora"] = "plain"
+
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from fedpipe_ray import factors, lora
+from fedpipe_ray import factors, lora, ranks
 from fedpipe_ray.message import DTYPES, KEPT, Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
@@ -47,16 +47,16 @@ class RoLora(LoraMethod):
     ranks: dict[str, int] = field(default_factory=dict)
     variant: Literal["plain", "rslora"] = "plain"
 
-    updates: ClassVar[Updates] = "values"
+    pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factors.check_ranks(self.ranks, self.rank)
+        ranks.require_ranks(self.ranks, self.rank)
 
     def check(self, site: Site) -> None:
-        """Raises UserError for an edge that is not there, and if the model has no place for the adapter."""
-        super().check(site)
-        factors.check_edges(self.ranks, site.run.fleet.edges)
+        """Raises UserError for targets or edges that are not there; loads no weights."""
+        ranks.check(self.ranks, site, self.spec(site))
 
     def rank_of(self, edge: str) -> int:
         """The rank that an edge trains."""

@@ -33,6 +33,7 @@ import torch
 from fedpipe_ray import lora
 from fedpipe_ray.control import NEVER, Correction, counted, kept
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.lora import Variant
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
@@ -51,10 +52,16 @@ RESTARTS = "restarts"
 
 @dataclass(frozen=True, kw_only=True)
 class Scaffold(LoraMethod):
-    """SCAFFOLD: LoRA whose local steps are corrected by control variates. server_lr: eta_g."""
+    """SCAFFOLD: LoRA whose local steps are corrected by control variates.
+
+    server_lr: eta_g. variant: of LoRA, `plain`, `rslora` or `dora`.
+    """
 
     server_lr: float = 1.0
+    variant: Variant = "plain"
 
+    pseudo_gradient: ClassVar[bool] = True
+    aside: ClassVar[tuple[str, ...]] = (f"{CONTROL}*",)
     updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:

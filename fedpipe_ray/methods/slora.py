@@ -25,19 +25,19 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 
-from fedpipe_ray import sparse
+from fedpipe_ray import ranks, sparse
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.folding import MEASURED, Sums, pairs_of
 from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 
-from .base import LoraMethod, LoraWeights, Weights, weighted_mean
+from .base import LoraMethod, LoraWeights, Updates, Weights, weighted_mean
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -56,6 +56,9 @@ class SLora(LoraMethod):
     sparse_lr: float | None = None
     variant: Literal["plain", "rslora"] = "plain"
 
+    pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.sparse_rounds >= 1, f"method.sparse_rounds: {self.sparse_rounds} must be at least 1")
@@ -64,7 +67,7 @@ class SLora(LoraMethod):
 
     def check(self, site: Site) -> None:
         """Raises UserError if the run has no round for LoRA, or the model no place for it."""
-        super().check(site)
+        ranks.check_linear(site, self.spec(site))
         if site.run.rounds <= self.sparse_rounds:
             raise UserError(
                 f"rounds: {site.run.rounds} leave none for LoRA after method.sparse_rounds: {self.sparse_rounds}"

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile
 
-from .base import LoraMethod, arrivals
+from .base import LoraMethod, Updates, arrivals
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -37,10 +37,14 @@ if TYPE_CHECKING:
 class ZeroPad(LoraMethod):
     """Zero-padding: LoRA of unequal ranks, sample-weighted average of the padded factors.
 
-    ranks: of single edges, by name; of all others `rank`, which is the largest.
+    ranks: of single edges, by name; of all others `rank`, which is the largest. variant: of LoRA.
     """
 
     ranks: dict[str, int] = field(default_factory=dict)
+    variant: Literal["plain", "rslora"] = "plain"
+
+    pseudo_gradient: ClassVar[bool] = True
+    updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
         super().__post_init__()
