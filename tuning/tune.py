@@ -14,9 +14,10 @@ from fedpipe_ray.display import Display
 from fedpipe_ray.files import locked
 from fedpipe_ray.trial import Executor
 
-from .campaign import Driver, results
+from .campaign import Driver
 from .plan import Plan
 from .report import write_report
+from .results import results
 from .study import close_storage, enqueue, hidden, open_storage, open_study, pruner_of, sampler_of
 from .watch import Watch, counts_in_words
 
@@ -25,7 +26,7 @@ def study_of(plan: Plan, folder: Path) -> optuna.Study:
     """The campaign's study, new or as it was left. Raises UserError."""
     settings = plan.settings
     storage = open_storage(settings.storage, folder)
-    with_pruner = pruner_of(settings.pruner_name, plan.base.rounds)
+    with_pruner = pruner_of(settings.pruner_name, plan.most_rounds)
     study = open_study(
         storage, plan.name, plan.owner(), plan.ways, sampler_of(settings.sampler, settings.seed, 0, settings.parallel),
         with_pruner,
@@ -51,7 +52,7 @@ def carry_out(plan: Plan, folder: Path, make_executor: Callable[[], Executor], d
             driver = Driver(plan, study, executor, folder, watch.show)
             driver.go()
         trials = study.get_trials(deepcopy=False)
-        lines = [counts_in_words(trials, plan.base.rounds)]
+        lines = [counts_in_words(trials, plan)]
         where = hidden(plan.settings.storage) if plan.settings.storage else str(folder / "journal.log")
         dashboard = f"optuna-dashboard {where}"
         try:
