@@ -16,7 +16,7 @@ from tuning.campaign import verdict
 from tuning.metrics import metric, value_of
 from tuning.settings import Objective
 from tuning.space import space_of
-from tuning.study import best_of, enqueue, open_storage, open_study, sampler_of
+from tuning.study import best_of, enqueue, open_storage, open_study, sampler_of, with_driver
 
 
 def test_metrics_are_what_the_rounds_add_up_to() -> None:
@@ -89,6 +89,11 @@ def test_space() -> None:
     assert [json.loads(one.partition("=")[2]) for one in space.overrides(params)] == [[1, 2], 3, 0.5]
     with pytest.raises(UserError, match="4 lies outside"):
         space.param("b", 4)
+
+
+def test_urls_name_the_driver_that_the_extra_brings() -> None:
+    assert with_driver("mysql://me@host/db") == "mysql+pymysql://me@host/db"
+    assert with_driver("postgresql+psycopg2://me@host/db") == "postgresql+psycopg2://me@host/db"
 
 
 def test_owner_and_enqueue_survive_a_second_opening(tmp_path: Path) -> None:

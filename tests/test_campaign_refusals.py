@@ -9,7 +9,9 @@ import pytest
 from campaigns_made import Curves, by_rate, campaign, carried_out, plan_of
 from runs import here
 
+from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
+from tuning.tune import carry_out
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,31 @@ def test_a_constraint_that_no_trial_meets_is_named(run_file: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"virtual_seconds <= 1\.5: the nearest trial misses it by 0\.5$"):
         carried_out(plan, tmp_path, Curves(by_rate))
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_failed_campaign_says_where_its_report_is(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(run_file, constraints={"virtual_seconds": "1500ms"}, pruner="none")
+    with pytest.raises(UserError):
+        carry_out(plan, tmp_path, lambda: Curves(by_rate), Display("plain"))
+    told = capsys.readouterr()
+    assert f"report: {tmp_path / 'report.html'}" in told.out + told.err
+    assert "run it" not in told.out + told.err
+
+
+def test_a_folder_of_something_else_is_refused(run_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    carried_out(plan_of(run_file, name="one"), out, Curves(by_rate))
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    with pytest.raises(UserError, match=r"holds campaign 'one', stored in journal\.log; this is 'two'.* --out"):
+        carried_out(plan_of(run_file, name="two"), out, Curves(by_rate))
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("rounds: 2\n")
+    with pytest.raises(UserError, match="holds a run; give the campaign a folder of its own with --out"):
+        carried_out(plan_of(run_file), tmp_path / "run", Curves(by_rate))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
 def test_a_study_of_another_campaign_is_refused(run_file: Path, tmp_path: Path) -> None:

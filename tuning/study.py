@@ -47,15 +47,14 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """
     if url is None:
         return JournalStorage(JournalFileBackend(str(mended(folder / "journal.log"))))
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     kind = scheme.partition("+")[0]
     if not separator or kind not in DRIVERS:
         raise UserError(
             f"storage: {hidden(url)} is no URL of PostgreSQL or MySQL; write postgresql://USER@HOST/DATABASE"
         )
-    full = url if "+" in scheme else f"{kind}+{DRIVERS[kind]}://{rest}"
     try:
-        return RDBStorage(full, engine_kwargs={"pool_pre_ping": True})
+        return RDBStorage(with_driver(url), engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UserError(f"storage: {hidden(url)} needs its driver ({error}); pip install 'fedpipe-ray[tune]'") from None
     except Exception as error:  # SQLAlchemy's, the driver's, or Optuna's
@@ -66,12 +65,24 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         ) from None
 
 
+def backend_of(study: optuna.Study) -> BaseStorage:
+    """A study's storage behind the cache that Optuna puts before a database."""
+    found: BaseStorage = getattr(study._storage, "_backend", study._storage)
+    return found
+
+
 def close_storage(study: optuna.Study) -> None:
     """Lets a database's connections go; the study may still be used, and opens new ones."""
-    storage = getattr(study._storage, "_backend", study._storage)  # behind the cache that Optuna puts before a database
+    storage = backend_of(study)
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
+
+
+def with_driver(url: str) -> str:
+    """A database's URL as SQLAlchemy takes it, with the driver that the extra `tune` brings unless it names one."""
+    scheme, separator, rest = url.partition("://")
+    return url if "+" in scheme or scheme not in DRIVERS else f"{scheme}+{DRIVERS[scheme]}{separator}{rest}"
 
 
 def hidden(url: str) -> str:
@@ -120,7 +131,11 @@ def open_study(
         changed = [key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]]
         raise UserError(
             f"study {name!r} belongs to another campaign: {', '.join(changed)} differ(s); "
-            "give this one another name, or another --out folder"
+            + (
+                "give this one another name"
+                if isinstance(backend_of(study), RDBStorage)
+                else "give this one another folder with --out"
+            )
         )
     return study
 
