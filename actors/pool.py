@@ -1,9 +1,10 @@
 """Runs side by side on Ray, for a search: each in a warm worker that keeps model and rows, or with a fleet of its own.
 
-A worker of the first kind reserves the threads that a run trains with. One of the second kind is only a coordinator and
-reserves nothing, lest coordinators take the room that their own fleets wait for. Workers start when there is a task for
-them and end when there is none. An autoscaler sees workers that wait for room, and what the fleets of coordinators ask
-for (claims.py): together what the trials at work need, and nothing when none is left.
+A worker of the first kind reserves the threads that a run trains with, and the largest share of a GPU that one of its
+edges has. One of the second kind is only a coordinator and reserves nothing, lest coordinators take the room that their
+own fleets wait for. Workers start when there is a task for them and end when there is none. An autoscaler sees workers
+that wait for room, and what the fleets of coordinators ask for (claims.py): together what the trials at work need, and
+nothing when none is left.
 """
 
 from __future__ import annotations
@@ -85,13 +86,15 @@ class Seat:
 class TrialPool:
     """An executor on Ray with at most `parallel` runs at once.
 
-    like: a run that stands for all: the cluster, the threads, and whether an autoscaler is asked. Raises UserError if
-    no node has room for a worker; with an autoscaler from `next`, when none has had for start_timeout_seconds.
+    like: a run that stands for all: the cluster, the threads, the GPUs, and whether an autoscaler is asked. Raises
+    UserError if no node has room for a worker, or an edge needs more than one process; with an autoscaler from `next`,
+    when none has had for start_timeout_seconds.
     """
 
     def __init__(self, like: Run, parallel: int, own_fleet: bool) -> None:
+        self._gpus = 0.0 if own_fleet else shared_gpus(like)
         try:
-            self._owns_ray = connect(like.fleet.address, without_gpus(like) or not own_fleet)
+            self._owns_ray = connect(like.fleet.address, without_gpus(like))
         except ConnectionError as error:
             raise UserError(str(error)) from error
         self._parallel, self._own_fleet = parallel, own_fleet
@@ -178,7 +181,7 @@ class TrialPool:
 
     def _start(self) -> Seat:
         """A new worker; its process imports while we go on."""
-        options: dict[str, Any] = {"num_cpus": self._cpus}
+        options: dict[str, Any] = {"num_cpus": self._cpus, "num_gpus": self._gpus}
         if not forking():
             options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(max(1, self._cpus))}}
         if not self._seats:
@@ -221,6 +224,18 @@ class TrialPool:
     def _refusal(self) -> str | None:
         """Why a worker fits no node, for which Ray would wait in silence; None if one does."""
         nodes: list[Node] = nodes_now()
-        refused = unplaceable({"worker": Profile(cpus=self._cpus)}, nodes)
+        refused = unplaceable({"worker": Profile(cpus=self._cpus, gpus=self._gpus)}, nodes)
         why = refused[0].removeprefix("edge worker: ") if refused else ""
-        return f"local.threads: a trial of {self._cpus} threads finds no room: {why}" if refused else None
+        share = f" and {self._gpus:g} GPUs" if self._gpus else ""
+        return f"local.threads: a trial of {self._cpus} threads{share} finds no room: {why}" if refused else None
+
+
+def shared_gpus(run: Run) -> float:
+    """The share of a GPU that one worker needs to play all edges in turn. Raises UserError if one is not enough."""
+    for name, profile in run.fleet.edges.items():
+        if profile.gpus > 1:
+            raise UserError(
+                f"edge {name}: gpus: {profile.gpus:g} are several processes, and with fleet: shared a trial is one; "
+                "set the campaign's fleet: own, or give the edge gpus: 1"
+            )
+    return max((profile.gpus for profile in run.fleet.edges.values()), default=0.0)

@@ -104,7 +104,7 @@ def pruning(small: bool, seeds: Sequence[int]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 study = carry_out(plan, Path(folder), lambda: Remembered(ROUNDS_DONE), Display("none"))
                 trials = study.get_trials()
-            spent, _ = rounds_spent(trials, plan.base.rounds)
+            spent, _ = rounds_spent(trials, plan)
             row |= {f"{pruner}: rounds": spent, f"{pruner}: best loss": best_of(trials, plan.ways)[0].values[0]}
         row["spared"] = 1 - row["hyperband: rounds"] / row["none: rounds"]
         rows.append(row)

@@ -51,7 +51,7 @@ def record(
         "virtual_seconds": seconds, "method": {"residual": 0.5},
         "eval": {"global": {"loss": loss}, "edges": {name: {"loss": value} for name, value in (edges or {}).items()}},
         "edges": {"a": {"steps": 3, "samples": 6, "tokens": 60, "flops": 1e6, "status": "ok",
-                        "peak_memory_bytes": up, "training_memory_bytes": up}},
+                        "peak_memory_bytes": up, "training_memory_bytes": up, "bytes_up": up}},
     }  # fmt: skip
 
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import optuna
-from campaigns_made import Curves, by_rate, campaign, carried_out, plan_of
+import pytest
+from campaigns_made import QUIET, Curves, by_rate, campaign, carried_out, plan_of, record
 from optuna.trial import TrialState
+from rich.console import Console
 from runs import ROOT, here, load
 
 from clusters import find_profiles
 from fedpipe_ray.config import load_run
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.fleet import Kept, SerialFleet
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.settings import Run
-from fedpipe_ray.trial import records_of
+from fedpipe_ray.trial import Event, records_of
 from tuning.metrics import metric
 from tuning.plan import load_plan
 from tuning.study import best_of, open_storage
+from tuning.tune import carry_out
+from tuning.watch import Watch, rounds_spent
 
 
 def test_a_campaign_ends_with_a_run_file(run_file: Path, tmp_path: Path) -> None:
@@ -134,3 +140,103 @@ def test_the_best_is_feasible(run_file: Path, tmp_path: Path) -> None:
     over = [trial.value for trial in trials if trial.value is not None and trial.value >= 1]
     assert len(over) < 8
     assert best_of(trials, plan.ways)[0].value == min(over)
+
+
+class Costly(Curves):
+    """Sends ten bytes a round for every local step."""
+
+    def __init__(self, losses: Any) -> None:
+        super().__init__(losses)
+        self.steps: dict[int, int] = {}
+
+    def submit(self, task: int, run: Run) -> None:
+        self.steps[task] = run.local.steps
+        super().submit(task, run)
+
+    def next(self, timeout_seconds: float) -> Event | None:
+        event = super().next(timeout_seconds)
+        assert event is not None
+        if event.kind != "round":
+            return event
+        return Event(event.task, "round", record(event.record["train_loss"], up=10 * self.steps[event.task]))
+
+
+def by_steps(run: Run) -> list[float]:
+    """More steps always lose less, and cost more."""
+    return [1 / run.local.steps + abs(math.log10(run.local.lr) + 2) + 1 / (n + 1) for n in range(run.rounds)]
+
+
+@pytest.mark.parametrize("pruner", ["hyperband", "halving", "median"])
+def test_infeasible_trials_prune_no_feasible_one(run_file: Path, tmp_path: Path, pruner: str) -> None:
+    """240 bytes are allowed over six rounds, so four steps; eight and more are better by loss and over after 3 rounds.
+
+    The point of four steps comes last. It is best of what may be, so it has to be done whole, and those before it were
+    stopped as soon as they were over.
+    """
+    points = [{"local.steps": steps, "local.lr": 0.01} for steps in (16, 8, 16, 8, 2, 4)]
+    plan = plan_of(
+        run_file, search={"local.lr": [0.01, 0.02], "local.steps": [2, 4, 8, 16]}, set={"rounds": 6}, pruner=pruner,
+        constraints={"bytes_up": 240}, enqueue=points, trials=6,
+    )  # fmt: skip
+    executor = Costly(by_steps)
+    trials = carried_out(plan, tmp_path, executor)
+    assert [trial.user_attrs["rounds"] for trial in trials[:2]] == [2, 4]
+    assert all(max(trial.constraints.values()) > 0 for trial in trials[:4])
+    assert trials[5].state == TrialState.COMPLETE
+    assert best_of(trials, plan.ways)[0].params["local.steps"] == 4
+
+
+def test_a_stopped_trial_tells_nothing_of_constraints_that_were_open(run_file: Path, tmp_path: Path) -> None:
+    """Loss has to be 1.2 at least: at the stop it is 2, which says nothing; the whole trial ends at 1."""
+    limits = {"bytes_up": 240, "loss": {"at_least": 1.1}}
+    points = [{"local.steps": 16}, {"local.steps": 2}]
+    plan = plan_of(run_file, search={"local.steps": [2, 16]}, set={"rounds": 6}, constraints=limits, enqueue=points,
+                   trials=2)  # fmt: skip
+    with pytest.raises(UserError, match=r"loss >= 1\.1: the nearest trial misses it by 0\.1$"):
+        carried_out(plan, tmp_path, Costly(lambda run: [2.0, 2.0, 1.5, 1.2, 1.1, 1.0]))
+
+
+def test_a_front_that_shrinks_leaves_no_old_run_file(run_file: Path, tmp_path: Path) -> None:
+    """Rank 2 costs less and rank 4 loses less; then a rate comes that beats both of them in both."""
+    points = [{"method.rank": 2, "local.lr": 0.01}, {"method.rank": 4, "local.lr": 0.01}]
+    settings: dict[str, Any] = {
+        "objectives": {"loss": "minimize", "bytes": {"metric": "method.residual"}},
+        "search": {"method.rank": [2, 4], "local.lr": [0.01, 0.02]},
+    }
+    found: dict[tuple[int, float], tuple[float, float]] = {(2, 0.01): (2, 1), (4, 0.01): (1, 2), (2, 0.02): (0, 0)}
+
+    class Told(Curves):
+        def submit(self, task: int, run: Run) -> None:
+            self.told = found[run.method["rank"], run.local.lr]
+            super().submit(task, run)
+
+        def next(self, timeout_seconds: float) -> Event | None:
+            event = super().next(timeout_seconds)
+            assert event is not None
+            told = {**record(self.told[0]), "method": {"residual": self.told[1]}}
+            return Event(event.task, event.kind, told if event.kind == "round" else {})
+
+    for more, names in (([], ["best-2.yaml", "best.yaml"]), ([{"method.rank": 2, "local.lr": 0.02}], ["best.yaml"])):
+        plan = plan_of(run_file, **settings, enqueue=[*points, *more], trials=2 + len(more))
+        carried_out(plan, tmp_path, Told(lambda run: [1.0]))
+        assert sorted(path.name for path in tmp_path.glob("best*")) == names
+
+
+def test_trials_of_unequal_rounds_are_counted_by_their_own(run_file: Path, tmp_path: Path) -> None:
+    plan = plan_of(run_file, search={"rounds": [1, 3]}, enqueue=[{"rounds": 3}, {"rounds": 1}], trials=2, pruner="none")
+    trials = carried_out(plan, tmp_path, Curves(by_rate))
+    assert plan.most_rounds == 3
+    assert rounds_spent(trials, plan) == (4, 4)
+
+
+def test_the_live_table_counts_misses_of_every_constraint(run_file: Path, tmp_path: Path) -> None:
+    """Of three trials one misses the loss; the best feasible one is shown beside it."""
+    points = [{"local.lr": rate, "method.rank": 2} for rate in (0.01, 0.1, 0.05)]
+    plan = plan_of(run_file, constraints={"loss": 1.2, "bytes": 1000}, enqueue=points, trials=3, pruner="none")
+    study = carry_out(plan, tmp_path, lambda: Curves(by_rate), QUIET)
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(Watch(plan, study, QUIET)._table())
+    shown = console.export_text()
+    assert "best feasible (1)" in shown
+    assert "constraint loss <= 1.2: missed by 1 of 3 trials" in shown
+    assert "constraint bytes <= 1000: missed by 0 of 3 trials" in shown

@@ -16,7 +16,7 @@ from tuning.campaign import verdict
 from tuning.metrics import metric, value_of
 from tuning.settings import Objective
 from tuning.space import space_of
-from tuning.study import best_of, enqueue, open_storage, open_study, sampler_of
+from tuning.study import best_of, enqueue, open_storage, open_study, sampler_of, with_driver
 
 
 def test_metrics_are_what_the_rounds_add_up_to() -> None:
@@ -29,6 +29,22 @@ def test_metrics_are_what_the_rounds_add_up_to() -> None:
     assert {name: metric(name, records) for name in expected} == expected
     assert metric("accuracy", records) is None
     assert metric("loss", [record(None)]) == math.inf  # no number
+
+
+def test_costs_of_one_edge_add_up_or_peak() -> None:
+    records = [record(3.0, 1, up=10), record(2.0, 3, up=30)]
+    expected = {"edges.a.training_memory_bytes": 30, "edges.a.steps": 6, "edges.a.bytes_up": 40, "edges.b.steps": 0}
+    assert {name: metric(name, records) for name in expected} == expected
+
+
+def test_a_target_of_one_edge_is_reached_in_the_direction_of_its_metric() -> None:
+    """Accuracies 0.2, 0.5, 0.9 on edge a; 0.5 is reached after the second round, 0.99 never."""
+    records = [record(1.0) for _ in range(3)]
+    for one, accuracy in zip(records, (0.2, 0.5, 0.9)):
+        one["eval"]["edges"] = {"a": {"accuracy": accuracy}}
+    cost = Objective(metric="virtual_seconds", way="minimize", until={"edges.a.accuracy": 0.5})
+    assert value_of(cost, records) == 2
+    assert value_of(dataclasses.replace(cost, until={"edges.a.accuracy": 0.99}), records) == math.inf
 
 
 def test_protocols() -> None:
@@ -49,6 +65,7 @@ def test_protocols() -> None:
     [
         ("round", 0, {}, "go on"), ("round", 0, {"prune": True}, "prune"),
         ("round", 0, {"settled": True, "prune": True}, "settled"), ("broken", 0, {}, "retry"),
+        ("round", 0, {"over": True}, "over"), ("round", 0, {"settled": True, "over": True}, "settled"),
         ("broken", 1, {}, "retry"), ("broken", 2, {}, "fail"), ("failed", 0, {}, "fail"), ("done", 0, {}, "complete"),
         ("diverged", 0, {}, "worst"),
     ],
@@ -74,9 +91,16 @@ def test_space() -> None:
         space.param("b", 4)
 
 
+def test_urls_name_the_driver_that_the_extra_brings() -> None:
+    assert with_driver("mysql://me@host/db") == "mysql+pymysql://me@host/db"
+    assert with_driver("postgresql+psycopg2://me@host/db") == "postgresql+psycopg2://me@host/db"
+
+
 def test_owner_and_enqueue_survive_a_second_opening(tmp_path: Path) -> None:
     storage, space = open_storage(None, tmp_path), space_of({"x": {"low": 0, "high": 9}})
     for _ in range(2):
         study = open_study(storage, "s", {"a": 1}, ["minimize"], sampler_of("tpe", 0, 0, 1), optuna.pruners.NopPruner())
         enqueue(study, space, [{"x": 3}, {"x": 3}])
-    assert [trial.user_attrs["enqueued"] for trial in study.trials] == [0, 1]
+    assert [trial.user_attrs["enqueued"] for trial in study.trials] == ['{"x": 3}'] * 2
+    enqueue(study, space, [{"x": 5}, {"x": 3}])  # the file was edited
+    assert [trial.system_attrs["fixed_params"] for trial in study.trials] == [{"x": 3}, {"x": 3}, {"x": 5}]

@@ -99,6 +99,20 @@ def test_a_worker_that_is_killed_costs_no_trial(run_file: Path, tmp_path: Path) 
     assert int((tmp_path / "died").read_text()) != os.getpid()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (0.5, r"a trial of 1 threads and 0\.5 GPUs finds no room: gpus 0\.5 "),
+        (2, "edge a: gpus: 2 are several processes"),
+    ],
+)
+def test_a_shared_worker_reserves_the_gpu_of_its_edges(run_file: Path, gpus: float, message: str) -> None:
+    """Nodes of these tests have none."""
+    plan = plan_of(run_file, set={"fleet.edges.a.gpus": gpus})
+    with pytest.raises(ValueError, match=message):
+        pool(plan)
+
+
 def test_no_room_for_a_worker_is_said_at_once(run_file: Path) -> None:
     plan = plan_of(run_file, set={"local.threads": 4096})
     with pytest.raises(ValueError, match=r"local\.threads: a trial of 4096 threads finds no room: cpus 4096 is more"):

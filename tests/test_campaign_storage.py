@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -15,6 +16,7 @@ from optuna.trial import TrialState
 from runs import ROOT, command, env, here
 
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.trial import Event
 from tuning.study import RETRY_OF, open_storage
 
 pytestmark = pytest.mark.services
@@ -67,6 +69,66 @@ def test_kill_minus_nine_and_go_on(run_file: Path, tmp_path: Path, database: str
     assert sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials) == 4
     assert len(trials) == 4 + tried_again
     assert not (out / "journal.log").exists()
+
+
+class At(Curves):
+    """Does something at its second event."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        super().__init__(by_rate)
+        self.action, self.events = action, 0
+
+    def next(self, timeout_seconds: float) -> Event | None:
+        self.events += 1
+        if self.events == 2:
+            self.action()
+        return super().next(timeout_seconds)
+
+
+def test_a_second_driver_is_refused(run_file: Path, tmp_path: Path, database: str) -> None:
+    """With another folder, while the first has a trial at work: that goes on to its end."""
+    plan, told = plan_of(run_file, storage=database, pruner="none"), []
+
+    def second() -> None:
+        with pytest.raises(UserError) as caught:
+            carried_out(plan, tmp_path / "two", Curves(by_rate))
+        told.append(str(caught.value))
+
+    trials = carried_out(plan, tmp_path / "one", At(second))
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    assert "study 'campaign' is being carried out by another driver (process" in told[0]
+    assert str(tmp_path / "one") in told[0]
+    assert carried_out(plan, tmp_path / "two", Curves(by_rate)) == trials  # the first has ended
+
+
+def test_a_lost_claim_ends_with_a_plain_message(run_file: Path, tmp_path: Path, database: str) -> None:
+    """Another driver failed the trial at work, as it would when our connection was lost."""
+    plan = plan_of(run_file, storage=database, pruner="none")
+
+    def other() -> None:
+        optuna.load_study(study_name="campaign", storage=open_storage(database, tmp_path)).tell(
+            0, state=TrialState.FAIL
+        )
+
+    with pytest.raises(UserError, match="was taken over by another driver, which ended a trial of this one"):
+        carried_out(plan, tmp_path, At(other))
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_server_that_goes_away(run_file: Path, tmp_path: Path, kind: type[Server]) -> None:
+    if not kind.installed():
+        pytest.skip(kind.missing)
+    with kind() as server:
+        server.create("gone")
+        plan = plan_of(run_file, storage=f"{server.url}/gone", pruner="none")
+
+        def stop() -> None:
+            server.process.send_signal(server.stop)
+            server.process.wait(60)
+
+        with pytest.raises(UserError, match=r"went away: .*; when it is back, the same command goes on") as caught:
+            carried_out(plan, tmp_path, At(stop))
+    assert "secret" not in str(caught.value)
 
 
 def test_a_wrong_password_is_said_without_it(run_file: Path, tmp_path: Path, database: str) -> None:

@@ -16,30 +16,30 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fedpipe_ray.config import to_yaml
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.files import write_atomically
 from fedpipe_ray.trial import Event, Executor, Record
 
-from .metrics import metric, worst_of
+from .metrics import metric, missing, nearest, worst_of
 from .plan import Plan
-from .study import REPEAT_OF, best_of, counted, enqueue, recover, unmet
+from .study import OPEN, REPEAT_OF, counted, enqueue, recover, should_prune
 
 log = logging.getLogger("fedpipe")
 
 WAIT_SECONDS = 0.5  # for an event, before the display is drawn again
-Verdict = Literal["go on", "settled", "prune", "retry", "complete", "worst", "fail"]
+Verdict = Literal["go on", "settled", "over", "prune", "retry", "complete", "worst", "fail"]
 
 
 @dataclass
 class Running:
     """A trial at work. followers: trials with the same values, told the same in the end.
 
-    tries: how often it broke; reported: rounds that Optuna knows.
+    rounds: how many it will do; tries: how often it broke; reported: rounds that Optuna knows.
     """
 
     trial: Trial
     key: str
+    rounds: int = 0
     records: list[Record] = field(default_factory=list)
     followers: list[Trial] = field(default_factory=list)
     tries: int = 0
@@ -47,10 +47,15 @@ class Running:
     began: float = field(default_factory=time.monotonic)
 
 
-def verdict(kind: str, tries: int, retries: int, *, prune: bool = False, settled: bool = False) -> Verdict:
-    """What to do with a trial after an event. tries: how often it broke before; a fault of its own would come again."""
+def verdict(
+    kind: str, tries: int, retries: int, *, prune: bool = False, settled: bool = False, over: bool = False
+) -> Verdict:
+    """What to do with a trial after an event. tries: how often it broke before; a fault of its own would come again.
+
+    over: a cost is above its bound, which no later round can mend.
+    """
     if kind == "round":
-        return "settled" if settled else "prune" if prune else "go on"
+        return "settled" if settled else "over" if over else "prune" if prune else "go on"
     if kind == "broken":
         return "retry" if tries < retries else "fail"
     return {"done": "complete", "diverged": "worst", "failed": "fail"}[kind]  # type: ignore[return-value]  # mypy sees any str
@@ -72,6 +77,7 @@ class Driver:
     ) -> None:
         self.plan, self.study, self.executor, self.folder, self.show = plan, study, executor, folder, show
         self.running: dict[int, Running] = {}
+        self.named = False  # whether every metric that only a round can tell was recorded once
         self.known: dict[str, FrozenTrial] = {}
         self.last_failure = ""
         (folder / "trials").mkdir(parents=True, exist_ok=True)
@@ -117,17 +123,20 @@ class Driver:
         except UserError as error:  # values that are possible alone and impossible together
             self._take(Event(trial.number, "failed", reason=str(error)))
             return
+        self.running[trial.number].rounds = run.rounds
         self.executor.submit(trial.number, run)
 
     def _take(self, event: Event) -> None:
         """Decides about a trial after an event, and does it."""
         one = self.running[event.task]
-        prune = False
+        prune = over = False
         if event.kind == "round":
             one.records.append(event.record)
-            prune = self._should_prune(one)
+            self._check_names(one)
+            over = len(one.records) < one.rounds and any(limit.broken(one.records) for limit in self.plan.limits)
+            prune = not over and self._should_prune(one)
         settled = bool(one.records) and self.plan.settled(one.records)
-        decided = verdict(event.kind, one.tries, self.plan.settings.retries, prune=prune, settled=settled)
+        decided = verdict(event.kind, one.tries, self.plan.settings.retries, prune=prune, settled=settled, over=over)
         if decided == "go on":
             return
         if decided == "retry":
@@ -135,21 +144,39 @@ class Driver:
             one.tries, one.records = one.tries + 1, []
             self.executor.submit(event.task, self.plan.load(self.plan.space.overrides(one.trial.params)))
             return
-        if decided in ("prune", "settled"):
+        if decided in ("prune", "settled", "over"):
             self.executor.cancel(event.task)
         self._end(one, decided, event.reason)
+
+    def _check_names(self, one: Running) -> None:
+        """Raises UserError after a first round that lacks a metric which no trial can have, unless methods differ."""
+        if self.named or self.plan.methods_differ:
+            return
+        fault = missing(self.plan.metrics, one.records, self.plan.base)
+        if fault:
+            raise UserError(
+                f"objectives, constraints: {fault} (recorded by the first round of trial {one.trial.number})"
+            )
+        self.named = any(record["eval"]["global"] for record in one.records)
+
+    def _infeasible(self, trial: FrozenTrial) -> bool:
+        """Whether a trial misses a constraint, as far as is known now: its values prune no other."""
+        one = self.running.get(trial.number)
+        if one is None:
+            return any(value > 0 for value in trial.constraints.values())
+        return any((limit.excess(one.records) or 0.0) > 0 for limit in self.plan.limits)
 
     def _should_prune(self, one: Running) -> bool:
         """Reports a round to Optuna, and asks; with several objectives it does not prune."""
         objectives = list(self.plan.objectives.values())
         value = self.plan.values(one.records)[0] if len(objectives) == 1 else None
-        if value is None or objectives[0].until or len(one.records) == self.plan.base.rounds:
+        if value is None or objectives[0].until or len(one.records) == one.rounds:
             return False
         step = len(one.records)
         if step > one.reported:  # a retry gives the same numbers again
             one.trial.report(value, step)
             one.reported = step
-        return bool(one.trial.should_prune())
+        return should_prune(self.study, one.trial, self._infeasible)
 
     def _end(self, one: Running, decided: Verdict, reason: str) -> None:
         """Writes a trial's rounds, tells Optuna, and answers the trials that waited for the same."""
@@ -162,14 +189,19 @@ class Driver:
             "rounds": len(one.records),
             "seconds": time.monotonic() - one.began,
             "tries": one.tries + 1,
+            "nearest": {name: nearest(spec, one.records) for name, spec in self.plan.objectives.items()},
         }
         values, excess = self.plan.values(one.records), [limit.excess(one.records) for limit in self.plan.limits]
         if decided == "worst":
             values, excess = [worst_of(way) for way in self.plan.ways], [found or 0.0 for found in excess]
+        if decided == "over":
+            values = [worst_of(way) if value is None else value for way, value in zip(self.plan.ways, values)]
+            facts[OPEN] = [limit.name for limit in self.plan.limits if not limit.grows]
+            excess = [found or 0.0 for found in excess]
         silent = [name for name, value in zip(self.plan.objectives, values) if value is None]
         silent += [limit.metric for limit, found in zip(self.plan.limits, excess) if found is None]
-        if decided != "prune" and decided != "fail" and silent:
-            decided, reason = "fail", f"no round recorded {', '.join(silent)}; is evaluate.every above 0?"
+        if decided not in ("prune", "fail") and silent:
+            decided, reason = "fail", f"no round recorded {', '.join(silent)}"
         del self.running[number]
         if decided == "fail":
             self.last_failure = reason
@@ -193,16 +225,20 @@ class Driver:
             trial.set_user_attr(name, fact)
         if decided == "fail":
             self.study.tell(trial, state=TrialState.FAIL)
-        elif decided == "prune":
+            return
+        for limit, found in zip(self.plan.limits, excess, strict=True):
+            trial.set_constraint(limit.name, found or 0.0)
+        if decided == "prune":
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
-            for limit, found in zip(self.plan.limits, excess, strict=True):
-                trial.set_constraint(limit.name, found or 0.0)
             self.study.tell(trial, [float(value or 0.0) for value in values])
 
     def _repeat(self, trial: Trial, known: FrozenTrial) -> None:
         """Answers a trial whose values were tried before: the same bits would come again."""
         trial.set_user_attr(REPEAT_OF, known.number)
+        for name in (OPEN, "rounds", "nearest"):
+            if name in known.user_attrs:
+                trial.set_user_attr(name, known.user_attrs[name])
         for step, value in known.intermediate_values.items():
             trial.report(value, step)
         for name, value in known.constraints.items():
@@ -211,28 +247,3 @@ class Driver:
             self.study.tell(trial, state=TrialState.PRUNED)
         else:
             self.study.tell(trial, known.values)
-
-
-def results(plan: Plan, study: optuna.Study, folder: Path, last_failure: str = "") -> list[FrozenTrial]:
-    """The best feasible trials, each written as a run file that `fedpipe run` takes: best.yaml, then best-2.yaml...
-
-    Raises UserError if there is none, with the constraint that no trial met and by how much the nearest missed it.
-    """
-    trials = study.get_trials(deepcopy=False)
-    best = best_of(trials, plan.ways)
-    for index, trial in enumerate(best):
-        name = "best.yaml" if index == 0 else f"best-{index + 1}.yaml"
-        write_atomically(folder / name, to_yaml(plan.load(plan.space.overrides(trial.params))))
-    if best:
-        return best
-    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    if not done:
-        raise UserError(f"none of the {len(trials)} trials came to an end; the last fault: {last_failure or 'pruned'}")
-    missed = [f"{name}: the nearest trial misses it by {miss:.4g}" for name, miss in unmet(trials).items()]
-    if missed:
-        raise UserError("constraints: no trial meets\n" + "\n".join(f"  {line}" for line in missed))
-    if all(trial.constraints and max(trial.constraints.values()) > 0 for trial in done):
-        nearest = min(done, key=lambda trial: sum(max(value, 0) for value in trial.constraints.values()))
-        over = ", ".join(f"{name} by {value:.4g}" for name, value in nearest.constraints.items() if value > 0)
-        raise UserError(f"constraints: no trial meets all of them together; trial {nearest.number} misses {over}")
-    raise UserError("no trial has a finite value: all diverged; lower the range of local.lr")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedpipe_ray.errors import UserError
@@ -26,30 +26,73 @@ SUMS = ("bytes_up", "bytes_down", "wall_seconds", "evaluate_seconds", "virtual_s
 EDGE_SUMS = ("samples", "steps", "tokens", "flops")
 PEAKS = ("peak_memory_bytes", "training_memory_bytes")
 COSTS = (*SUMS, "bytes", *EDGE_SUMS, *PEAKS, "round_seconds", "round_bytes", "lost_edges", "rounds")
+ONE_EDGE_SUMS = (*EDGE_SUMS, "bytes_up", "bytes_down", "seconds", "virtual_seconds")
+ONE_EDGE_COSTS = (*ONE_EDGE_SUMS, *PEAKS)
 
 
 def known_metrics(run: Run) -> dict[str, str]:
     """Every name that can be checked before a trial, with the direction that is better."""
-    names = {**QUALITY[run.data.task], "train_loss": "minimize", **dict.fromkeys(COSTS, "minimize")}
     quality = QUALITY[run.data.task]
-    return names | {f"edges.{edge}.{key}": way for edge in run.fleet.edges for key, way in quality.items()}
+    names = {**quality, "train_loss": "minimize", **dict.fromkeys(COSTS, "minimize")}
+    of_one = {**quality, **dict.fromkeys(ONE_EDGE_COSTS, "minimize")}
+    return names | {f"edges.{edge}.{key}": way for edge in run.fleet.edges for key, way in of_one.items()}
 
 
 def direction_of(name: str, run: Run, where: str) -> str:
     """Which way is better. Raises UserError for a metric that no round records, with the nearest that one does.
 
-    `method.NAME`, and `VIEW.METRIC` of a method with several results, are known only once a round was done.
+    `method.NAME`, and `VIEW.METRIC` of a method with several results, are known only once a round was done (`missing`).
     """
     known = known_metrics(run)
-    if name in known:
-        return known[name]
+    evaluated = is_evaluated(name)
+    if name not in known and not open_name(name, run):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        shown = [key for key in known if not key.startswith("edges.")]
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(shown)}, edges.NAME and method.NAME"
+        raise UserError(f"{where}: no metric {name!r}; {hint}")
+    if evaluated and run.evaluate.every == 0:
+        raise UserError(f"{where}: {name} is never evaluated with evaluate.every: 0; set evaluate.every to 1 or more")
+    return "maximize" if higher_is_better(name) else "minimize"
+
+
+def open_name(name: str, run: Run) -> bool:
+    """Whether only a round can tell that there is such a figure: `method.NAME`, or `VIEW.METRIC` with a view's name."""
+    first, *rest = name.split(".")
+    view = len(rest) == 1 and first != "edges" and rest[0] in QUALITY[run.data.task]
+    return bool(rest) and (first == "method" or view)
+
+
+def is_evaluated(name: str) -> bool:
+    """Whether a figure stands in evaluations, which `evaluate.every` may leave out."""
     last = name.rpartition(".")[2]
-    if name.startswith("method.") or (last in QUALITY[run.data.task] and "." in name and not name.startswith("edges.")):
-        return QUALITY[run.data.task].get(last, "minimize")
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    shown = [key for key in known if not key.startswith("edges.")]
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(shown)}, and method.NAME"
-    raise UserError(f"{where}: no metric {name!r}; {hint}")
+    return not name.startswith("method.") and any(last in quality for quality in QUALITY.values())
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether more of a figure is better: that is told by its last name, as in edges.NAME.accuracy."""
+    last = name.rpartition(".")[2]
+    return any(quality.get(last) == "maximize" for quality in QUALITY.values())
+
+
+def only_grows(name: str) -> bool:
+    """Whether more rounds can never make a figure smaller."""
+    if name.startswith("edges."):
+        return name.rpartition(".")[2] in ONE_EDGE_COSTS
+    return name in COSTS
+
+
+def missing(names: Iterable[str], records: Sequence[Record], run: Run) -> str:
+    """What is wrong with names that only a round could tell, with the nearest of those recorded; empty if nothing."""
+    recorded = [f"method.{key}" for record in records for key in record["method"]]
+    evaluated = [key for record in records for key in record["eval"]["global"]]
+    for name in names:
+        known = recorded if name.startswith("method.") else evaluated
+        if not open_name(name, run) or name in known or not (evaluated or name.startswith("method.")):
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        there = f"there are {', '.join(dict.fromkeys(known))}" if known else "the method records no figures of its own"
+        return f"no metric {name!r}; " + (f"did you mean {near[0]}?" if near else there)
+    return ""
 
 
 def metric(name: str, records: Sequence[Record]) -> float | None:
@@ -70,10 +113,19 @@ def metric(name: str, records: Sequence[Record]) -> float | None:
         return float(max((edge[name] for edge in edges), default=0))
     if name == "lost_edges":
         return float(sum(edge["status"] == "lost" for edge in edges))
+    if name.startswith("edges.") and only_grows(name):
+        return _of_edge(name, records)
     found = [table[key] for table, key in (_place(name, record) for record in records) if key in table]
     if not found:
         return None
     return math.inf if found[-1] is None else float(found[-1])  # a record has null for what is no number
+
+
+def _of_edge(name: str, records: Sequence[Record]) -> float:
+    """A cost of one edge: 0 before its first round."""
+    edge, _, key = name.removeprefix("edges.").rpartition(".")
+    own = [record["edges"][edge][key] or 0 for record in records if edge in record["edges"]]
+    return float(sum(own) if key in ONE_EDGE_SUMS else max(own, default=0))
 
 
 def _place(name: str, record: Record) -> tuple[Mapping[str, Any], str]:
@@ -132,7 +184,20 @@ def _inside(budget: Mapping[str, Any], records: Sequence[Record]) -> bool:
 def _reached(targets: Mapping[str, Any], records: Sequence[Record]) -> bool:
     for name, target in targets.items():
         value = metric(name, records)
-        higher = QUALITY["causal"].get(name, QUALITY["classification"].get(name)) == "maximize"
-        if value is None or (value < target if higher else value > target):
+        if value is None or (value < target if higher_is_better(name) else value > target):
             return False
     return True
+
+
+def nearest(objective: Objective, records: Sequence[Record]) -> dict[str, float]:
+    """What came nearest to the targets of `until`, or the costs of the first figure that `within` could have taken."""
+    parts = [records[:n] for n in range(1, len(records) + 1)]
+    found = {}
+    for name in objective.until:
+        values = [value for part in parts if (value := metric(name, part)) is not None]
+        if values:
+            found[name] = (max if higher_is_better(name) else min)(values)
+    first = next((part for part in parts if _figure(objective, part) is not None), None)
+    if first is not None:
+        found |= {name: metric(name, first) or 0.0 for name in objective.within}
+    return found

@@ -15,7 +15,7 @@ from fedpipe_ray.quantity import parse_quantity
 from fedpipe_ray.settings import Run
 from fedpipe_ray.trial import Record
 
-from .metrics import direction_of, metric, value_of
+from .metrics import QUALITY, direction_of, is_evaluated, metric, only_grows, value_of
 from .settings import Campaign, Objective
 from .space import Space, check_keys, space_of
 
@@ -34,6 +34,15 @@ class Limit:
         """By how much a trial misses it; 0 or less where it is met, None if nothing recorded it."""
         value = metric(self.metric, records)
         return None if value is None else (self.bound - value if self.at_least else value - self.bound)
+
+    @property
+    def grows(self) -> bool:
+        """Whether a trial that misses it once cannot meet it any more."""
+        return not self.at_least and only_grows(self.metric)
+
+    def broken(self, records: Sequence[Record]) -> bool:
+        """Whether a trial misses it, whatever its later rounds bring."""
+        return self.grows and (self.excess(records) or 0.0) > 0
 
     @property
     def name(self) -> str:
@@ -57,6 +66,31 @@ class Plan:
     def ways(self) -> list[str]:
         """Directions of the objectives."""
         return [one.way for one in self.objectives.values()]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Every metric that is asked for."""
+        asked = [name for one in self.objectives.values() for name in (one.metric, *one.within, *one.until)]
+        return [*asked, *(limit.metric for limit in self.limits)]
+
+    @property
+    def most_rounds(self) -> int:
+        """Of a trial, where `rounds` itself may be searched."""
+        key, space = "rounds", self.space
+        if key in space.choices:
+            return max(int(choice) for choice in space.choices[key].values())
+        return int(getattr(space.distributions[key], "high")) if key in space.distributions else self.base.rounds  # noqa: B009
+
+    def rounds_of(self, params: Mapping[str, Any]) -> int:
+        """How many rounds a trial with these values does."""
+        return int(self.space.value("rounds", params["rounds"])) if "rounds" in params else self.base.rounds
+
+    @property
+    def methods_differ(self) -> bool:
+        """Whether trials may have methods, or parts of one, that record different figures."""
+        asked = [choices for key, choices in self.space.choices.items() if key.partition(".")[0] == "method"]
+        values = [value for choices in asked for value in choices.values()]
+        return any(isinstance(value, bool) or not isinstance(value, int | float) for value in values)
 
     def owner(self) -> dict[str, Any]:
         """What makes a study this campaign's: a change in any of it is another question."""
@@ -111,6 +145,9 @@ def objective_of(name: str, spec: Any, run: Run) -> Objective:
         raise UserError(f"{where}: {spec!r} is no objective; write {name}: minimize, or its keys")
     found = build(Objective, {"metric": name, **spec}, where)
     better = direction_of(found.metric, run, where)
+    if found.over != "all" and (not is_evaluated(found.metric) or found.metric.startswith("edges.")):
+        names = ", ".join(QUALITY[run.data.task])
+        raise UserError(f"{where}.over: {found.metric} is not evaluated on every edge; over goes with {names}")
     bounds = {
         key: {metric: quantity(f"{where}.{key}", metric, value, run) for metric, value in getattr(found, key).items()}
         for key in ("within", "until")
@@ -133,7 +170,8 @@ def limit_of(name: str, spec: Any, run: Run) -> Limit:
 def quantity(where: str, name: str, value: Any, run: Run) -> float:
     """A bound of a metric, in its own unit: `30s` and `50MB` where that ends in seconds or bytes. Raises UserError."""
     direction_of(name, run, where)
-    unit = "second" if name.endswith("seconds") else "byte" if "bytes" in name else None
+    last = name.rpartition(".")[2]
+    unit = "second" if last.endswith("seconds") else "byte" if "bytes" in last else None
     if isinstance(value, str) and unit:
         try:
             return parse_quantity(value, unit)

@@ -85,6 +85,10 @@ def _range(key: str, spec: Any) -> BaseDistribution:
         raise UserError(f"search.{key}: log needs low above 0 and no step; low is {low}, step {step}")
     if step is not None and step <= 0:
         raise UserError(f"search.{key}: step {step} must be above 0")
+    if step is not None and step > high - low:
+        raise UserError(f"search.{key}: step {step} is more than there is from low {low} to high {high}; lower it")
+    if step is not None and all(isinstance(n, int) for n in numbers):
+        high = low + (high - low) // step * step  # the last value that there is
     if all(isinstance(n, int) for n in numbers):
         return IntDistribution(low, high, log=bool(log), step=step or 1)
     return FloatDistribution(float(low), float(high), log=bool(log), step=None if step is None else float(step))

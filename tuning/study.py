@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,15 @@ from optuna.samplers import (
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fedpipe_ray.errors import UserError
 
 from .space import Space
 
 OWNER = "campaign"  # the study's attribute that says whose it is
-RETRY_OF, REPEAT_OF, ENQUEUED = "retry_of", "repeat_of", "enqueued"  # of trials: a number
+RETRY_OF, REPEAT_OF, ENQUEUED = "retry_of", "repeat_of", "enqueued"  # of trials: a number, a number, a point
+OPEN = "open"  # of trials stopped above a bound: names of the constraints of which their last round would have told
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -45,15 +47,14 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
     """
     if url is None:
         return JournalStorage(JournalFileBackend(str(mended(folder / "journal.log"))))
-    scheme, separator, rest = url.partition("://")
+    scheme, separator, _ = url.partition("://")
     kind = scheme.partition("+")[0]
     if not separator or kind not in DRIVERS:
         raise UserError(
             f"storage: {hidden(url)} is no URL of PostgreSQL or MySQL; write postgresql://USER@HOST/DATABASE"
         )
-    full = url if "+" in scheme else f"{kind}+{DRIVERS[kind]}://{rest}"
     try:
-        return RDBStorage(full, engine_kwargs={"pool_pre_ping": True})
+        return RDBStorage(with_driver(url), engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UserError(f"storage: {hidden(url)} needs its driver ({error}); pip install 'fedpipe-ray[tune]'") from None
     except Exception as error:  # SQLAlchemy's, the driver's, or Optuna's
@@ -64,12 +65,24 @@ def open_storage(url: str | None, folder: Path) -> BaseStorage:
         ) from None
 
 
+def backend_of(study: optuna.Study) -> BaseStorage:
+    """A study's storage behind the cache that Optuna puts before a database."""
+    found: BaseStorage = getattr(study._storage, "_backend", study._storage)
+    return found
+
+
 def close_storage(study: optuna.Study) -> None:
     """Lets a database's connections go; the study may still be used, and opens new ones."""
-    storage = getattr(study._storage, "_backend", study._storage)  # behind the cache that Optuna puts before a database
+    storage = backend_of(study)
     if isinstance(storage, RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
+
+
+def with_driver(url: str) -> str:
+    """A database's URL as SQLAlchemy takes it, with the driver that the extra `tune` brings unless it names one."""
+    scheme, separator, rest = url.partition("://")
+    return url if "+" in scheme or scheme not in DRIVERS else f"{scheme}+{DRIVERS[scheme]}{separator}{rest}"
 
 
 def hidden(url: str) -> str:
@@ -118,7 +131,11 @@ def open_study(
         changed = [key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]]
         raise UserError(
             f"study {name!r} belongs to another campaign: {', '.join(changed)} differ(s); "
-            "give this one another name, or another --out folder"
+            + (
+                "give this one another name"
+                if isinstance(backend_of(study), RDBStorage)
+                else "give this one another folder with --out"
+            )
         )
     return study
 
@@ -153,6 +170,31 @@ def pruner_of(name: str, rounds: int) -> BasePruner:
     return pruner
 
 
+class Comparable:
+    """A storage that shows only trials which another may be judged by. It stands in for the one behind it."""
+
+    def __init__(self, storage: BaseStorage, hides: Callable[[FrozenTrial], bool]) -> None:
+        self._storage, self._hides = storage, hides
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_trials(self, study_id: int, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
+        """As a storage's."""
+        trials = self._storage.get_all_trials(study_id, deepcopy=deepcopy, states=states)
+        return [trial for trial in trials if not self._hides(trial)]
+
+
+def should_prune(study: optuna.Study, trial: Trial, hides: Callable[[FrozenTrial], bool]) -> bool:
+    """What the study's pruner says of a trial when it sees none of those that `hides` names.
+
+    The study keeps its own pruner: samplers look which one it is.
+    """
+    storage: Any = Comparable(study._storage, hides)
+    shown = optuna.Study(study.study_name, storage, study.sampler, study.pruner)
+    return study.pruner.prune(shown, study._storage.get_trial(trial._trial_id))
+
+
 def superseded(trials: Iterable[FrozenTrial]) -> set[int]:
     """Numbers of trials that another one tries again."""
     return {trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs}
@@ -180,12 +222,19 @@ def recover(study: optuna.Study) -> list[int]:
 
 
 def enqueue(study: optuna.Study, space: Space, points: Sequence[Mapping[str, Any]]) -> None:
-    """Queues the points of a campaign file that are not in the study yet. Raises UserError for one outside space."""
-    known = {trial.user_attrs.get(ENQUEUED) for trial in study.get_trials(deepcopy=False)}
+    """Queues the points of a campaign file that are not in the study yet, each as often as it stands there.
+
+    Raises UserError for one outside space.
+    """
     params = [{key: space.param(key, value) for key, value in point.items()} for point in points]
-    for index, point in enumerate(params):
-        if index not in known:
-            study.enqueue_trial(point, user_attrs={ENQUEUED: index})
+    own = [trial for trial in study.get_trials(deepcopy=False) if RETRY_OF not in trial.user_attrs]
+    known = Counter(trial.user_attrs.get(ENQUEUED) for trial in own)
+    for point in params:
+        key = json.dumps(point, sort_keys=True)
+        if known[key]:
+            known[key] -= 1
+        else:
+            study.enqueue_trial(point, user_attrs={ENQUEUED: key})
 
 
 def feasible(trial: FrozenTrial) -> bool:
@@ -208,10 +257,24 @@ def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
     return all(a <= b for a, b in zip(one, other, strict=True))
 
 
-def unmet(trials: Iterable[FrozenTrial]) -> dict[str, float]:
-    """Constraint -> by how much the trial that comes nearest misses it, for those that no trial met."""
-    misses: dict[str, float] = {}
+def unmet(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
+    """Constraint -> the trial that comes nearest, for those that no trial met."""
+    nearest: dict[str, FrozenTrial] = {}
     for trial in trials:
         for name, value in trial.constraints.items() if trial.state == TrialState.COMPLETE else ():
-            misses[name] = min(value, misses.get(name, math.inf))
-    return {name: miss for name, miss in misses.items() if miss > 0}
+            if name in trial.user_attrs.get(OPEN, ()):
+                continue
+            if name not in nearest or value < nearest[name].constraints[name]:
+                nearest[name] = trial
+    return {name: trial for name, trial in nearest.items() if trial.constraints[name] > 0}
+
+
+def misses(trials: Iterable[FrozenTrial]) -> dict[str, tuple[int, int]]:
+    """Constraint -> (how many of the trials that came to an end miss it, how many there are)."""
+    found: dict[str, tuple[int, int]] = {}
+    for trial in trials:
+        for name, value in trial.constraints.items() if trial.state == TrialState.COMPLETE else ():
+            if name not in trial.user_attrs.get(OPEN, ()):
+                over, all_of_them = found.get(name, (0, 0))
+                found[name] = over + (value > 0), all_of_them + 1
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -17,7 +16,8 @@ from fedpipe_ray.display import Display, number
 
 from .campaign import Driver
 from .plan import Plan
-from .study import RETRY_OF, best_of, superseded, unmet
+from .results import missed_by
+from .study import OPEN, RETRY_OF, best_of, misses, superseded, unmet
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
@@ -67,6 +67,7 @@ class Watch:
         parts = [
             f"trial {trial.number:>3} {trial.state.name.lower():<8} {told}",
             f"misses {', '.join(missed)}" * bool(missed),
+            f"stopped after round {trial.user_attrs.get('rounds')}" * (OPEN in trial.user_attrs),
         ]
         return "  ".join([*filter(None, parts), point])
 
@@ -82,32 +83,34 @@ class Watch:
             values = self.plan.values(one.records) if one.records else []
             shown = [number(value, 4) for value in values if value is not None]
             point = " ".join(f"{key}={value}" for key, value in one.trial.params.items())
-            table.add_row(str(task), f"{len(one.records)}/{self.plan.base.rounds}", " ".join(shown), point)
+            table.add_row(str(task), f"{len(one.records)}/{one.rounds}", " ".join(shown), point)
         lines = [f"{self.plan.name}: {sum(counts.values())} of {self.plan.settings.trials} trials, "
                  + ", ".join(f"{count} {name}" for name, count in counts.items())]  # fmt: skip
         best = best_of(trials, self.plan.ways)
         if best:
             lines.append(f"best feasible ({len(best)}): {self.line(best[0])}")
         short = unmet(trials)
-        lines += [f"no trial meets {name} yet: the nearest misses it by {miss:.4g}" for name, miss in short.items()]
+        for name, (over, ended) in misses(trials).items():
+            nearest = f"; the nearest misses it by {missed_by(name, short[name])}" if name in short else ""
+            lines.append(f"constraint {name}: missed by {over} of {ended} trials{nearest}")
         return Group(*lines, table)
 
 
-def counts_in_words(trials: list[FrozenTrial], rounds: int) -> str:
-    """How many trials came to what end, and how many of the rounds pruning spared."""
+def counts_in_words(trials: list[FrozenTrial], plan: Plan) -> str:
+    """How many trials came to what end, and how many of the rounds pruning and bounds spared."""
     ended = Counter(trial.state.name.lower() for trial in trials)
     ended["tried again"] = sum(RETRY_OF in trial.user_attrs for trial in trials)
-    spent, whole = rounds_spent(trials, rounds)
+    spent, whole = rounds_spent(trials, plan)
     saved = f"; {spent} rounds of {whole}" if whole else ""
     return ", ".join(f"{count} {name}" for name, count in ended.items() if count) + saved
 
 
-def rounds_spent(trials: list[FrozenTrial], rounds: int) -> tuple[int, int]:
+def rounds_spent(trials: list[FrozenTrial], plan: Plan) -> tuple[int, int]:
     """(rounds done, rounds that the same trials would have done unpruned); repeats and failed trials do not count."""
-    own: list[Any] = [
-        trial.user_attrs["rounds"]
+    own = [
+        trial
         for trial in trials
         if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and "rounds" in trial.user_attrs
         and "repeat_of" not in trial.user_attrs
     ]  # fmt: skip
-    return sum(own), rounds * len(own)
+    return sum(trial.user_attrs["rounds"] for trial in own), sum(plan.rounds_of(trial.params) for trial in own)
