@@ -120,7 +120,7 @@ def add_searches(commands: Any, run_file: argparse.ArgumentParser) -> None:
     )
     allocate.add_argument("--trials", type=int, default=300, metavar="N", help="of every class (default: 300)")
     allocate.add_argument(
-        "--measure", type=int, default=0, metavar="K", help="so many of the best by costs also in short federated runs"
+        "--measure", type=int, default=0, metavar="K", help="so many (at least 2) also in short federated runs"
     )
     allocate.add_argument("--sampler", default="tpe", help="tpe (default), gp, nsga2, cmaes, qmc, random")
     allocate.add_argument("--out", type=on_disk, metavar="DIR", help="default: runs/allocate-NAME")

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from campaigns_made import QUIET, Curves
 from demands_made import choice, demand
 from runs import here, load, records
 
+from fedpipe_ray.__main__ import make_fleet
+from fedpipe_ray.arguments import parse
+from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.planning import RANKS, Allocation, Key, exact, given
 from fedpipe_ray.settings import Profile
-from tuning.allocate import NEAR, front, gap, search
-from tuning.allocation import planners
+from fedpipe_ray.trial import SerialExecutor
+from tuning.allocate import NEAR, as_settings, front, gap, ranked, search
+from tuning.allocation import allocate, planners
+from tuning.pareto import Pareto, figure_of
+from tuning.promotion import Measured, measure, promoted
 from tuning.surrogate import Budget, Surrogate, classes_of, ranks_of
 
 KEYS = [Key(f"{layer}.{kind}", kind, layer, 8, 8) for layer in range(4) for kind in ("q", "v")]
@@ -135,13 +145,160 @@ def test_what_is_given_is_what_is_planned() -> None:
         Allocation(8, 2, {"q": 3})
 
 
+def test_the_planners_own_stands_among_the_others() -> None:
+    """Of rows that it beats in all four none is left; where one beats it, it stays, and the caption says by which."""
+    problem = surrogate(Budget(100.0))
+    found = front(search(problem, 100, "random"))
+    own = dataclasses.replace(found[0], outcome=dataclasses.replace(found[0].outcome, bytes_round=1.0))
+    rows, at = ranked(found, own)
+    assert at == 0
+    assert found[0] not in rows
+    assert Pareto(rows, problem.classes, 0, at).caption.endswith("in all four; FedPipe's own planner gives 1")
+    last = found[-1].outcome
+    worse = dataclasses.replace(found[-1], outcome=dataclasses.replace(last, seconds=last.seconds + 1))
+    rows, at = ranked(found, worse)
+    assert (at, len(rows)) == (len(found), len(found) + 1)
+    said = f"and what FedPipe's own planner gives {len(rows)}, which {len(found)} beats"
+    assert Pareto(rows, problem.classes, 0, at).caption.endswith(said)
+    assert ranked(found, None) == (found, None)
+
+
+def test_the_page_names_every_point() -> None:
+    """A row's number at each point, all about it on hover, and the chosen and the planner's own told apart."""
+    problem = surrogate(Budget(100.0))
+    rows, own = ranked(front(search(problem, 60, "random")), None)
+    shown = Pareto(rows, problem.classes, 1, 2, {1: Measured(2.5, 3, 3), 2: Measured(2.75, 1, 3)})
+    figure = figure_of(shown)
+    assert len(figure.data) == 9  # three roles over three costs
+    assert sorted(int(text) for trace in figure.data[:3] for text in trace.text) == list(range(1, len(rows) + 1))
+    marked = {trace.name: (list(trace.text), trace.marker.symbol) for trace in figure.data[:3]}
+    assert marked["chosen"] == (["2"], "star")
+    assert marked["FedPipe's own planner"] == (["3"], "diamond")
+    (said,) = figure.data[1].hovertext
+    assert said.startswith("3: FedPipe&#x27;s own planner<br>quality ")
+    assert "loss 2.7500, stopped after 1 of 3<br>slow: " in said
+    assert "bits, batch " in said
+    assert own is None
+
+
+def test_no_place_on_the_front_is_favoured() -> None:
+    """The best, the planner's own, and others in even steps between; all where there are no more than asked for."""
+    assert promoted(13, 12, 2) == [0, 12]
+    assert promoted(13, 12, 3) == [0, 6, 12]
+    assert promoted(13, 4, 5) == [0, 2, 4, 7, 11]
+    assert promoted(12, None, 4) == [0, 2, 6, 10]
+    assert promoted(9, 0, 3) == [0, 3, 7]
+    assert promoted(3, 1, 8) == [0, 1, 2]
+
+
+def measured_by(curves: dict[int, list[float]], run_file: Path, folder: Path) -> dict[int, Measured]:
+    """What runs with these losses by round give; a run's seed is its number."""
+    runs = {at: load(run_file, f"seed={at}", f"rounds={len(curve)}") for at, curve in curves.items()}
+    executor = Curves(lambda run: curves[run.seed][: run.rounds])
+    return measure(runs, folder, lambda: executor, QUIET)
+
+
+def test_only_runs_that_did_all_rounds_compete(run_file: Path, tmp_path: Path) -> None:
+    """2.60 -> 2.75 is beaten by 2.65 -> 2.70, not by 2.68 after one round; the first has no advantage."""
+    found = measured_by({1: [2.60, 2.75], 4: [2.65, 2.70], 7: [2.68, 1.0]}, run_file, tmp_path / "a")
+    assert found == {1: Measured(2.75, 2, 2), 4: Measured(2.70, 2, 2), 7: Measured(2.68, 1, 2)}
+    assert [one.counts for one in found.values()] == [True, True, False]
+    found = measured_by({1: [3.0, 0.0], 4: [2.0, 2.0], 7: [1.0, 1.0]}, run_file, tmp_path / "b")
+    assert found[1] == Measured(3.0, 1, 2)
+    assert sorted(path.parent.parent.name for path in tmp_path.glob("b/*/trials/0001.jsonl")) == [
+        "1-rounds",
+        "2-rounds",
+    ]
+
+
+def test_a_third_goes_on_and_ties_all_do(run_file: Path, tmp_path: Path) -> None:
+    """9 runs of 9 rounds: 3 go on after 1 round, 2 after 3; of 4 with equal losses none is stopped."""
+    curves = {at: [float(at)] * 9 for at in range(1, 10)}
+    found = measured_by(curves, run_file, tmp_path / "a")
+    assert [one.rounds for one in found.values()] == [9, 9, 3, 1, 1, 1, 1, 1, 1]
+    found = measured_by({at: [1.0] * 3 for at in range(1, 5)}, run_file, tmp_path / "b")
+    assert {one.rounds for one in found.values()} == {3}
+    found = measured_by({1: [math.inf] * 3, 2: [2.0] * 3, 3: [3.0] * 3}, run_file, tmp_path / "c")
+    assert [one.rounds for one in found.values()] == [1, 3, 3]
+    with pytest.raises(UserError, match="none of the measured runs has a loss after 1 rounds"):
+        measured_by({1: [math.inf] * 3, 2: [math.inf] * 3, 3: [math.inf] * 3}, run_file, tmp_path / "d")
+
+
+def test_a_sampler_without_constraints_does_not_warn_at_every_trial() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        search(surrogate(Budget(100.0)), 30, "cmaes")
+    assert [str(one.message) for one in seen] == []
+
+
+@pytest.fixture
+def planned_file(run_file: Path) -> Path:
+    """A run of `fedpipe`."""
+    run_file.write_text(run_file.read_text().replace("{name: lora, rank: 4, alpha: 8}", "{name: fedpipe, rank: 4}"))
+    return run_file
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--measure", "1"], "--measure 1: one run alone has nothing to be compared with"),
+        (["--measure", "-1"], "--measure -1: 0, or at least 2"),
+        (["--measure", "2", "evaluate.every=0"], "evaluate.every: 0, and --measure compares validation losses"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    options: list[str], message: str, planned_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here("allocate", planned_file, "--latency", "30s", "--out", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_plan_is_announced_where_none_follows(
+    planned_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert here("allocate", planned_file, "--latency", "1ms", "--trials", "10", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert "misses latency by" in said.err
+    assert "follows" not in said.out + said.err
+
+
+def test_the_choice_and_its_gap(planned_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """3 trials find little and the planner the optimum: its row is the first, chosen, and the gap is its own.
+
+    Measured, with losses that rise with the ranks, the last promoted wins, and the gap is that one's.
+    """
+    options = parse(["allocate", str(planned_file), "--latency", "30s", "--trials", "3", "--sampler", "cmaes"])
+    run = load(planned_file, "method.deadline_seconds=30")
+    allocate(run, options, tmp_path / "a", make_fleet, SerialExecutor, Display("plain"))
+    said = capsys.readouterr().out
+    assert "1 is chosen by quality, for nothing was measured" in said
+    assert "its gap to the exact optimum of the same costs: 0.0" in said
+    assert "FedPipe's own planner gives 1" in said
+    assert said.count("CMA-ES knows no constraints") == 1
+    options.measure, options.trials, options.sampler = 3, 20, "random"
+    executor = Curves(lambda run: [float(sum(size(one) for one in run.method["plans"].values()))] * run.rounds)
+    chosen = allocate(run, options, tmp_path / "b", make_fleet, lambda: executor, Display("plain"))
+    said = capsys.readouterr().out
+    assert "is chosen by validation loss after all rounds" in said
+    assert ", stopped after 1 of 2" in said
+    assert "its gap to the exact optimum of the same costs: 0.0" not in said
+    assert load(tmp_path / "b" / "allocation.yaml").method["plans"] == as_settings(chosen.plans)
+    shown = [Path(word) for word in said.split() if word.startswith(str(tmp_path))]
+    assert [path.name for path in shown] == ["pareto.html", "measured", "allocation.yaml"]
+    assert all(path.exists() for path in shown)
+
+
+def size(given: dict[str, Any]) -> int:
+    return int(sum(given["ranks"].values()))
+
+
 @pytest.mark.services
-def test_from_a_run_file_to_a_run(run_file: Path, tmp_path: Path) -> None:
+def test_from_a_run_file_to_a_run(planned_file: Path, tmp_path: Path) -> None:
     """Searched, two of the front measured, and the chosen one run: every edge does what it was given."""
     out = tmp_path / "out"
-    run_file.write_text(run_file.read_text().replace("{name: lora, rank: 4, alpha: 8}", "{name: fedpipe, rank: 4}"))
     options = ["--latency", "30s", "--memory-from-profiles", "--trials", "20", "--measure", "2"]
-    assert here("allocate", run_file, *options, "--out", out) == 0
+    assert here("allocate", planned_file, *options, "--out", out) == 0
     chosen = load(out / "allocation.yaml")
     assert set(chosen.method["plans"]) == {"a", "b", "c"}
     assert chosen.method["deadline_seconds"] == 30

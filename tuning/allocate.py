@@ -113,12 +113,12 @@ def _quality(name: str, found: Search, trials: int, sampler: BaseSampler, free: 
         study.enqueue_trial(point)
     for _ in range(trials):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # of CMA-ES one a trial: said once, by `allocate`
             trial = study.ask(space)
-        outcome = found.surrogate.of_class(name, trial.params)
-        for limit, miss in outcome.misses.items():
-            trial.set_constraint(limit, miss)
-        study.tell(trial, outcome.quality)
+            outcome = found.surrogate.of_class(name, trial.params)
+            for limit, miss in outcome.misses.items():
+                trial.set_constraint(limit, miss)
+            study.tell(trial, outcome.quality)
         found.points[name].append((trial.params, outcome))
         if outcome.feasible:
             best = max(best, outcome.quality)
@@ -157,6 +157,23 @@ def front(found: Search) -> list[Candidate]:
             points.setdefault(_costs(one.outcome), one)
     best = [one for one in points if not any(other != one and _covers(other, one) for other in points)]
     return [points[one] for one in sorted(best)][:PLACES]
+
+
+def ranked(candidates: Sequence[Candidate], own: Candidate | None) -> tuple[list[Candidate], int | None]:
+    """(a front with the planner's own among it, the best quality first; the place of that, None if there is none).
+
+    What the planner's beats is left out; it stays itself where another beats it.
+    """
+    if own is None:
+        return list(candidates), None
+    rest = [one for one in candidates if not covers(own, one)]
+    rows = sorted([*rest, own], key=lambda one: _costs(one.outcome))
+    return rows, next(at for at, one in enumerate(rows) if one is own)
+
+
+def covers(one: Candidate, other: Candidate) -> bool:
+    """Whether an allocation is no worse than another in quality, latency, memory and bytes."""
+    return _covers(_costs(one.outcome), _costs(other.outcome))
 
 
 def _within(cost: str, level: float, outcome: Outcome) -> bool:

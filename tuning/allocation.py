@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
 
 from fedpipe_ray.config import to_yaml
-from fedpipe_ray.display import Display, megabytes, number
+from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import facts_of
 from fedpipe_ray.files import write_atomically
@@ -28,15 +26,20 @@ from fedpipe_ray.settings import Run
 from fedpipe_ray.survey import surveyed
 from fedpipe_ray.trial import Executor
 
-from .allocate import Candidate, as_settings, front, gap, search
-from .plan import Plan
-from .settings import SAMPLERS, Campaign, Objective
-from .space import space_of
-from .study import best_of
-from .surrogate import Budget, Surrogate
-from .tune import carry_out
+from .allocate import Candidate, as_settings, front, gap, ranked, search
+from .pareto import Pareto, pareto_table, write_plot
+from .promotion import FINALISTS, Measured, measure, promoted
+from .settings import SAMPLERS
+from .surrogate import Budget, Outcome, Surrogate
+
+log = logging.getLogger("fedpipe")
 
 DEADLINES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)  # of the latency, that the planner is given
+MEASURED = "measured"  # the folder of the short runs
+FOLLOWS = "the best plan follows"  # says the planner of deadlines that no edge meets, and none does here
+LACKS = {
+    "cmaes": "CMA-ES knows no constraints in Optuna: it is drawn to points that break a budget; tpe, gp, nsga2 are not",
+}  # fmt: skip
 
 
 def allocate(
@@ -44,41 +47,58 @@ def allocate(
     make_executor: Callable[[], Executor], display: Display,
 ) -> Candidate:  # fmt: skip
     """Searches, writes everything to `out`, and returns the chosen allocation. Raises UserError."""
+    check_options(run, options)
+    RunFolder.check_free(out)
+    surrogate, planned = survey(run, options, make_fleet, display)
+    display.note(f"{len(surrogate.classes)} classes of edges: {'; '.join(map(', '.join, surrogate.classes.values()))}")
+    if options.sampler in LACKS:
+        display.note(f"--sampler {options.sampler}: {LACKS[options.sampler]}")
+    with display.task("searching") as bar:
+        found = search(surrogate, options.trials, options.sampler, run.seed, advance=bar)
+    candidates, own = ranked(front(found), planned)
+    losses = measured(run, candidates, own, options.measure, out, make_executor, display)
+    done = {at: one.loss for at, one in losses.items() if one.counts and one.loss is not None}
+    if losses and not done:
+        raise UserError("--measure: no run that was measured to the end has a loss that is a number; lower local.lr")
+    shown = Pareto(candidates, surrogate.classes, min(done, key=lambda at: done[at], default=0), own, losses)
+    write_all(run, shown, surrogate.optimum(), out, display)
+    return candidates[shown.chosen]
+
+
+def check_options(run: Run, options: argparse.Namespace) -> None:
+    """Raises UserError for what cannot be searched or compared."""
     if options.sampler not in SAMPLERS or options.trials < 1 or options.measure < 0:
         raise UserError(
             f"--sampler {options.sampler}: one of {', '.join(SAMPLERS)}; --trials {options.trials}: at least 1; "
-            f"--measure {options.measure}: at least 0"
+            f"--measure {options.measure}: 0, or at least 2"
         )
-    RunFolder.check_free(out)
-    surrogate, own = survey(run, options, make_fleet, display)
-    display.note(f"{len(surrogate.classes)} classes of edges: {'; '.join(map(', '.join, surrogate.classes.values()))}")
-    with display.task("searching") as bar:
-        found = search(surrogate, options.trials, options.sampler, run.seed, advance=bar)
-    candidates, optimum = front(found), surrogate.optimum()
-    tried = list(range(min(options.measure, len(candidates))))
-    if own is not None:
-        candidates.append(own)
-        tried = [*tried[: max(0, options.measure - 1)], len(candidates) - 1] if tried else []
-    short = gap(found.curve[-1], optimum)
-    bound = "" if optimum.feasible else "; the optimum itself breaks a budget, so this is more than the true gap"
-    losses: dict[int, float] = {}
-    if tried:
-        losses = measured(run, {at: candidates[at] for at in tried}, make_executor, display)
-    chosen = min(losses, key=lambda at: losses[at], default=0)
+    if options.measure == 1:
+        raise UserError(
+            "--measure 1: one run alone has nothing to be compared with; measure at least 2, or leave --measure out: "
+            "then the best by quality is chosen"
+        )
+    if options.measure and not run.evaluate.every:
+        raise UserError("evaluate.every: 0, and --measure compares validation losses; set it above 0")
+
+
+def write_all(run: Run, shown: Pareto, optimum: Outcome, out: Path, display: Display) -> None:
+    """Run files, plot and table of all that were found; allocation.yaml is the chosen one's."""
     out.mkdir(parents=True, exist_ok=True)
-    for index, one in enumerate(candidates):
-        name = "allocation.yaml" if index == chosen else f"allocation-{index + 1}.yaml"
+    for at, one in enumerate(shown.candidates):
+        name = "allocation.yaml" if at == shown.chosen else f"allocation-{at + 1}.yaml"
         write_atomically(out / name, to_yaml(with_plans(run, one)))
-    display.console.print(pareto_table(candidates, chosen, losses))
-    if own is not None:
-        display.note(f"{len(candidates)}: what FedPipe's own planner gives within the latency")
-    drawn = write_plot(out / "pareto.html", candidates)
-    display.note(
-        f"gap to the exact optimum of the same costs: {short:.2%}{bound}\n"
-        + (f"plot:   {out / 'pareto.html'}\n" if drawn else "")
-        + f"run it: fedpipe run {out / 'allocation.yaml'}"
-    )
-    return candidates[chosen]
+    display.console.print(pareto_table(shown))
+    drawn = write_plot(out / "pareto.html", shown)
+    short = gap(shown.candidates[shown.chosen].outcome.quality, optimum)
+    bound = "" if optimum.feasible else "; the optimum itself breaks a budget, so this is more than the true gap"
+    lines = [
+        f"{shown.chosen + 1} is chosen {shown.reason}",
+        f"its gap to the exact optimum of the same costs: {short:z.2%}{bound}",
+        *([f"plot:   {out / 'pareto.html'}"] if drawn else []),
+        *([f"rounds: {out / MEASURED}"] if shown.measured else []),
+        f"run it: fedpipe run {out / 'allocation.yaml'}",
+    ]
+    display.note("\n".join(lines))
 
 
 def survey(
@@ -92,7 +112,8 @@ def survey(
     method = preflight(run)
     if not isinstance(method, FedPipe):
         raise UserError(f"method.name: {run.method['name']} has no ranks to allocate; fedpipe has")
-    state, server = asked_of_edges(run, method, make_fleet, display, partial(surveyed, method))
+    with silent(FOLLOWS):
+        state, server = asked_of_edges(run, method, make_fleet, display, partial(surveyed, method))
     edges = run.fleet.edges
     shape, demands = method.shape(server), method.demands(state, edges, server)
     if not options.memory_from_profiles:
@@ -103,11 +124,26 @@ def survey(
         shape.keys, demands, scores, edges, Budget(options.latency, options.bytes), lam=method.of("penalty"),
         steps=method.of("steps"), rank=method.rank, sent=DTYPES[run.wire.dtype].itemsize,
     )  # fmt: skip
-    for share in DEADLINES:
-        earlier = dataclasses.replace(method, deadline_seconds=share * options.latency)
-        if (own := planners(surrogate, earlier.configure(state, edges, server)[1])) is not None:
-            return surrogate, own
+    with silent(FOLLOWS):
+        for share in DEADLINES:
+            earlier = dataclasses.replace(method, deadline_seconds=share * options.latency)
+            if (own := planners(surrogate, earlier.configure(state, edges, server)[1])) is not None:
+                return surrogate, own
     return surrogate, None
+
+
+@contextmanager
+def silent(about: str) -> Iterator[None]:
+    """Keeps lines that hold `about` out of the log: what the planner says of plans that may never be used."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return about not in record.getMessage()
+
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
 
 
 def planners(surrogate: Surrogate, plans: Mapping[str, EdgePlan]) -> Candidate | None:
@@ -125,52 +161,14 @@ def with_plans(run: Run, one: Candidate) -> Run:
 
 
 def measured(
-    run: Run, candidates: Mapping[int, Candidate], make_executor: Callable[[], Executor], display: Display
-) -> dict[int, float]:
-    """Validation loss by number, of those that successive halving let do all rounds: a third goes on at a time."""
-    runs = {str(at): with_plans(run, one) for at, one in candidates.items()}
-    which = {"allocation": list(candidates)}
-    points = [{"allocation": at} for at in candidates]
-    plan = Plan(
-        Campaign(run="", search=which, objectives={"loss": "minimize"}, trials=len(runs), enqueue=points,
-                 pruner="halving"),
-        "allocations", run, lambda values: runs[values[0].partition("=")[2]],
-        space_of(which), {"loss": Objective(metric="loss", way="minimize")}, [],
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="fedpipe-allocate-") as place:
-        study = carry_out(plan, Path(place), make_executor, display)
-        trials = best_of(study.get_trials(), plan.ways) and [t for t in study.get_trials() if t.values]
-    return {int(trial.params["allocation"]): float(trial.values[0]) for trial in trials}
-
-
-def pareto_table(candidates: Sequence[Candidate], chosen: int, losses: dict[int, float]) -> Table:
-    """The front, a line an allocation; bytes of a round are the whole fleet's, memory that of the edge with most."""
-    title = "allocations that no other beats in all four"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for name in ("", "quality", "round s", "MiB", "bytes a round", *(["loss"] if losses else [])):
-        table.add_column(name, justify="right")
-    for index, one in enumerate(candidates):
-        cells = [
-            "->" if index == chosen else str(index + 1), number(one.outcome.quality, 3), number(one.outcome.seconds, 2),
-            f"{one.outcome.memory_bytes / 2**20:.1f}", megabytes(one.outcome.bytes_round),
-        ]  # fmt: skip
-        table.add_row(*cells, *([number(losses.get(index), 4)] if losses else []))
-    return table
-
-
-def write_plot(path: Path, candidates: Sequence[Candidate]) -> bool:
-    """The front as one page: quality over each cost. False where plotly is not installed."""
-    try:
-        from plotly import graph_objects
-        from plotly.subplots import make_subplots
-    except ImportError:
-        return False
-    costs = {"seconds": "seconds of a round", "memory_bytes": "memory, bytes", "bytes_round": "bytes a round"}
-    figure: Any = make_subplots(rows=1, cols=3, shared_yaxes=True, x_title="", y_title="quality")
-    for column, (name, title) in enumerate(costs.items(), 1):
-        x = [getattr(one.outcome, name) for one in candidates]
-        y = [one.outcome.quality for one in candidates]
-        figure.add_trace(graph_objects.Scatter(x=x, y=y, mode="markers", name=title), row=1, col=column)
-        figure.update_xaxes(title_text=title, row=1, col=column)
-    write_atomically(path, figure.to_html(include_plotlyjs=True))
-    return True
+    run: Run, candidates: Sequence[Candidate], own: int | None, most: int, out: Path,
+    make_executor: Callable[[], Executor], display: Display,
+) -> dict[int, Measured]:  # fmt: skip
+    """What short runs of the best, of the planner's own and of some between gave, by place; of one alone nothing."""
+    if not most:
+        return {}
+    if len(candidates) < FINALISTS:
+        display.note("--measure: there is only one allocation; it is chosen unmeasured")
+        return {}
+    runs = {at + 1: with_plans(run, candidates[at]) for at in promoted(len(candidates), own, most)}
+    return {at - 1: one for at, one in measure(runs, out / MEASURED, make_executor, display).items()}
