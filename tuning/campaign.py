@@ -28,6 +28,7 @@ log = logging.getLogger("fedpipe")
 
 WAIT_SECONDS = 0.5  # for an event, before the display is drawn again
 Verdict = Literal["go on", "settled", "over", "prune", "retry", "complete", "worst", "fail"]
+ENDS: dict[str, Verdict] = {"done": "complete", "diverged": "worst", "failed": "fail"}
 
 
 @dataclass
@@ -58,7 +59,7 @@ def verdict(
         return "settled" if settled else "over" if over else "prune" if prune else "go on"
     if kind == "broken":
         return "retry" if tries < retries else "fail"
-    return {"done": "complete", "diverged": "worst", "failed": "fail"}[kind]  # type: ignore[return-value]  # mypy sees any str
+    return ENDS[kind]
 
 
 def key_of(params: Mapping[str, Any]) -> str:

@@ -154,7 +154,7 @@ def objective_of(name: str, spec: Any, run: Run) -> Objective:
     }
     if found.over == "gap":
         better = "minimize"
-    return dataclasses.replace(found, way=better if found.way == "auto" else found.way, **bounds)  # type: ignore[arg-type]  # "auto" is gone
+    return dataclasses.replace(found, way=better if found.way == "auto" else found.way, **bounds)  # type: ignore[arg-type]  # the way is named, bounds are numbers
 
 
 def limit_of(name: str, spec: Any, run: Run) -> Limit:

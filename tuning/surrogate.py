@@ -99,21 +99,24 @@ class Surrogate:
         places[order] = np.arange(len(order)) / len(order)
         return places
 
+    def levels(self, name: str) -> int:
+        """How many of RANKS every edge of a class may have, 0 among them."""
+        most = min(self.demands[edge].max_rank for edge in self.classes[name])
+        return sum(rank <= most for rank in RANKS)
+
     def space(self, name: str) -> dict[str, BaseDistribution]:
         """The structured space of a class."""
         bits, batches = self.options(name)
-        most = min(RANKS[-1], *(self.demands[edge].max_rank for edge in self.classes[name]))
-        top = max(level for level, rank in enumerate(RANKS) if rank <= most)
         return {
             "bits": IntDistribution(0, len(bits) - 1), "batch": IntDistribution(0, len(batches) - 1),
-            "top": FloatDistribution(0.0, top + 1.0), "fall": FloatDistribution(0.0, 2.0),
+            "top": FloatDistribution(0.0, self.levels(name)), "fall": FloatDistribution(0.0, 2.0),
             "keep": FloatDistribution(0.2, 1.6),
         }  # fmt: skip
 
     def starts(self, name: str) -> list[dict[str, float]]:
         """Points to begin with: all bits and batches at a high and a middle level, lest a sampler stays with one."""
         bits, batches = self.options(name)
-        top = self.space(name)["top"].high  # type: ignore[attr-defined]  # a float's distribution
+        top = self.levels(name)
         return [
             {"bits": b, "batch": n, "top": share * top, "fall": 1.0, "keep": 1.6}
             for share in (0.95, 0.6)
@@ -124,8 +127,7 @@ class Surrogate:
     def free_space(self, name: str) -> dict[str, BaseDistribution]:
         """The space with a rank for every weight, in no order."""
         whole = self.space(name)
-        top = whole["top"].high  # type: ignore[attr-defined]  # a float's distribution
-        levels = CategoricalDistribution([rank for level, rank in enumerate(RANKS) if level < top])
+        levels = CategoricalDistribution(list(RANKS[: self.levels(name)]))
         return {"bits": whole["bits"], "batch": whole["batch"], **{key.name: levels for key in self.keys}}
 
     def options(self, name: str) -> tuple[list[int], list[int]]:
