@@ -1,20 +1,25 @@
-"""What the server believes of an edge's memory beyond costs and calibrations: what rounds showed these to be off by.
+"""What the server believes of an edge beyond costs and calibrations: what rounds showed of its memory and its bits.
 
 In a state's numbers: `EDGE/memory`, a factor of all the bytes planned for the edge; `EDGE/memory_bits`, the bits of the
-round that told it; `EDGE/capacity`, what an edge without a declared capacity could not go beyond. Ours.
+round that told it; `EDGE/capacity`, what an edge without a declared capacity could not go beyond; `EDGE/unpacked`, 1
+if bitsandbytes does not pack its base. Ours.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import UserError
 from .facts import CALIBRATION
 from .planning import EdgePlan
+from .report import UNSUPPORTED_BITS, Lost
 
 HEADROOM = 1.05  # rounds of one plan differ by about this much in what a CPU process takes
-MEMORY, BITS, CAPACITY = "memory", "memory_bits", "capacity"
+MEMORY, BITS, CAPACITY, UNPACKED = "memory", "memory_bits", "capacity", "unpacked"
+log = logging.getLogger("fedpipe")
 
 
 def believed(edge: str, numbers: Mapping[str, float]) -> dict[str, Any]:
@@ -23,6 +28,22 @@ def believed(edge: str, numbers: Mapping[str, float]) -> dict[str, Any]:
         "correction": numbers.get(f"{edge}/{MEMORY}", 1.0),
         "capacity_bytes": numbers.get(f"{edge}/{CAPACITY}", math.inf),
     }
+
+
+def bits_of(edge: str, allowed: Sequence[int], numbers: Mapping[str, float]) -> list[int]:
+    """Those of `allowed` that the edge can hold its base in. Raises UserError if it can in none."""
+    left = [bits for bits in allowed if bits == 16 or f"{edge}/{UNPACKED}" not in numbers]
+    if not left:
+        raise UserError(f"edge {edge}: method.bits: {list(allowed)}, and its base cannot be packed; add 16")
+    return left
+
+
+def unsupported(lost: Lost) -> dict[str, float]:
+    """Numbers that keep an edge at 16 bits if it was lost because its device or its layers allow no others."""
+    if not lost.reason.startswith(UNSUPPORTED_BITS):
+        return {}
+    log.warning("edge %s: %s; it is planned with 16 from now on", lost.edge, lost.reason.partition(": ")[2])
+    return {f"{lost.edge}/{UNPACKED}": 1.0}
 
 
 def told(edge: str, plan: EdgePlan | None, took: int, update: Mapping[str, float], numbers: dict[str, float]) -> None:

@@ -14,6 +14,10 @@ class EdgeError(UserError):
     """Bad input that only edges can see; the message has one line an edge. Exit code 2."""
 
 
+class UnsupportedBits(UserError):
+    """4 or 8 bits on a device, or for layers, that bitsandbytes does not pack; the message says which."""
+
+
 class AllEdgesLost(RuntimeError):
     """No edge returned a usable report in a round; the last checkpoint stands. Exit code 3.
 

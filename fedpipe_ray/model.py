@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from .costs import place
-from .errors import UserError
+from .errors import UnsupportedBits, UserError
 from .message import DTYPES, Message
 from .packed import digest, packed, source_of
 from .settings import Model
@@ -174,12 +174,14 @@ def quantized(
 ) -> dict[str, Any]:
     """Keyword arguments of `from_pretrained` for 4 bits (NF4, double quantization) or 8 (LLM.int8); none for 16.
 
-    Embeddings, norms and heads stay as they are. Raises UserError on a device that bitsandbytes does not have.
+    Embeddings, norms and heads stay as they are. Raises UnsupportedBits on a device that bitsandbytes does not have.
     """
     if bits == 16:
         return {}
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"bits: {bits} need a CPU or CUDA device, this edge computes on {device.type}; give it bits 16")
+        raise UnsupportedBits(
+            f"bits: {bits} need a CPU or CUDA device, this edge computes on {device.type}; give it bits 16"
+        )
     heads = {}
     if task == "classification":
         heads = {"llm_int8_skip_modules": head_names(empty_model(settings, task, classes))}
@@ -191,10 +193,10 @@ def quantized(
 
 
 def require_packed(model: Any, bits: int, name: str) -> None:
-    """Raises UserError if none of the model's layers is stored in `bits`."""
+    """Raises UnsupportedBits if none of the model's layers is stored in `bits`."""
     kinds = sorted({type(part).__name__ for part in model.modules() if "weight" in part._parameters})
     if not {"Linear4bit", "Linear8bitLt"} & set(kinds):
-        raise UserError(
+        raise UnsupportedBits(
             f"bits: {bits}: bitsandbytes packs none of the layers of {name} ({', '.join(kinds)}); give it bits 16"
         )
 

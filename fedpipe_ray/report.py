@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .costs import Cost
+from .errors import UnsupportedBits
 from .message import Message
 
 OUT_OF_MEMORY = "out of memory"  # how the reason of an edge begins that ran out of it
+UNSUPPORTED_BITS = UnsupportedBits.__name__  # ... that cannot pack its base
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .beliefs import MEMORY
+from .beliefs import MEMORY, unsupported
 from .errors import UserError
 from .facts import learn
 from .fleet import Fleet
@@ -33,16 +33,18 @@ def surveyed(method: FedPipe, fleet: Fleet, server: Site) -> Message:
             )
             for edge in silent
         }
-        numbers, overfull = dict(state.numbers), []
+        numbers, overfull, unpacked = dict(state.numbers), [], []
         for report in fleet.run(orders, 0):
             if isinstance(report, Report):
                 learn(report.edge, report.message().numbers, numbers)
             elif report.reason.startswith(OUT_OF_MEMORY):
                 overfull.append(report)
+            elif found := unsupported(report):
+                numbers, unpacked = numbers | found, [*unpacked, report.edge]
             else:
                 raise UserError(f"edge {report.edge}: {report.reason}")
         less = method.corrections(state, fleet.edges, overfull, server)
-        silent = [lost.edge for lost in overfull]
+        silent = [lost.edge for lost in overfull] + unpacked
         for lost in overfull:
             if f"{lost.edge}/{MEMORY}" not in less:
                 raise UserError(f"edge {lost.edge}: {lost.reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.loop import Round, federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods.fedpipe import FedPipe
+from fedpipe_ray.model import Base, quantized
 from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.report import Lost
 from fedpipe_ray.settings import Run
@@ -128,3 +130,41 @@ def test_a_fleet_that_always_runs_out_of_memory_gets_less_until_nothing_is_left(
     assert 1 <= len(done) < 9
     assert all(torch.equal(done[-1].state.tensors[name], tensor) for name, tensor in state.tensors.items())
     assert "its plan is the smallest there is" in caplog.text
+
+
+@pytest.fixture
+def only_16_on_b(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edge b computes on what bitsandbytes does not have; this machine has no such device."""
+    held = Site.hold
+
+    def hold(site: Site, bits: int) -> Base:
+        if site.name == "b" and bits != 16:
+            quantized(site.run.model, site.task, [], bits, torch.device("mps"), None)
+        return held(site, bits)
+
+    monkeypatch.setattr(Site, "hold", hold)
+
+
+@pytest.mark.usefixtures("only_16_on_b")
+def test_an_edge_that_cannot_pack_its_base_is_told_and_planned_with_16_bits(
+    run_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, method, fleet, server = made(run_file)
+    state = method.start(server, rng_for(0, 0, "start"))
+    orders = method.plan(state, fleet.edges, server, 0, rng_for(0, 0, "plan"))
+    orders = {edge: Message(one.tensors, {**one.numbers, "bits": 4.0}) for edge, one in orders.items()}
+    reports = list(fleet.run(orders, 0))
+    says = "bits: 4 need a CPU or CUDA device, this edge computes on mps; give it bits 16"
+    assert [one.reason for one in reports if isinstance(one, Lost)] == [f"UnsupportedBits: {says}"]
+    after = method.aggregate(state, reports, server, 0, rng_for(0, 0, "aggregate"))
+    assert f"edge b: {says}; it is planned with 16 from now on" in caplog.text
+    bits = {one.edge: {choice.bits for choice in one.choices} for one in method.demands(after, fleet.edges, server)}
+    assert bits == {"a": {4, 8, 16}, "b": {16}, "c": {4, 8, 16}}
+
+
+@pytest.mark.usefixtures("only_16_on_b")
+def test_an_edge_that_cannot_pack_its_base_and_may_not_hold_it_in_16_bits(run_file: Path) -> None:
+    _, method, fleet, server = made(run_file, ", bits: [4]")
+    says = re.escape("edge b: method.bits: [4], and its base cannot be packed; add 16")
+    with pytest.raises(UserError, match=says):
+        method.survey(fleet, server)

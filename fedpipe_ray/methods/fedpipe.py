@@ -133,7 +133,8 @@ class FedPipe(LoraMethod):
             floor = protected(planned, facts[edge].share, len(edges))
             found.append(demand_of(
                 edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
-                bits=self.bits or [16, 8, 4], depths=[d for d in depths if d != 0], steps=planned, min_steps=floor,
+                bits=beliefs.bits_of(edge, self.bits or [16, 8, 4], state.numbers),
+                depths=[d for d in depths if d != 0], steps=planned, min_steps=floor,
                 max_steps=max(floor, math.ceil(self.step_ratio * planned)),
                 measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
                 accumulate=local.accumulate, **beliefs.believed(edge, state.numbers),
@@ -325,6 +326,8 @@ class FedPipe(LoraMethod):
                 asked.append(report.edge)
                 if isinstance(report, Lost) and report.reason.startswith(OUT_OF_MEMORY):
                     overfull.append(report)
+                elif isinstance(report, Lost):
+                    numbers.update(beliefs.unsupported(report))
                 yield report
 
         for report, message in arrivals(noted(), partial(misfit, state=state.tensors)):
