@@ -33,7 +33,7 @@ def surveyed(method: FedPipe, fleet: Fleet, server: Site) -> Message:
             )
             for edge in silent
         }
-        numbers, overfull, unpacked = dict(state.numbers), [], []
+        numbers, overfull, unpacked = dict(state.numbers), [], list[str]()
         for report in fleet.run(orders, 0):
             if isinstance(report, Report):
                 learn(report.edge, report.message().numbers, numbers)
