@@ -326,3 +326,16 @@ def test_a_classifier_and_its_head(run_file: Path, tmp_path: Path) -> None:
     server = server_site(run, make_method(run.method), point.classes)
     untrained = lora.read(lora.attach(server.base, lora.LoraSpec(1, 1, ("q_proj",), task="classification")))
     assert not torch.equal(state.tensors[head], untrained[head])
+
+
+def test_ranks_grow_over_the_rounds_where_the_link_is_what_limits_them(run_file: Path) -> None:
+    run, method, fleet, server = made(run_file, ", deadline_seconds: 6", UNEVEN, "rounds=5")
+    state = method.start(server, rng_for(0, 0, "start"))
+    ranks = []
+    for done in range(run.rounds):
+        numbers = {**state.numbers, "rounds": float(done)} if done else state.numbers
+        _, plans = method.configure(Message(state.tensors, numbers), fleet.edges, server)
+        assert set(plans["a"].ranks.values()) == {8}
+        ranks.append(sum(plans["c"].ranks.values()))
+    assert ranks == sorted(ranks)
+    assert ranks[-1] >= 2 * ranks[0]

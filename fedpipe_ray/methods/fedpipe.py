@@ -5,7 +5,7 @@ trained, the frozen model quantized to an edge's memory, adapters of unequal sha
 merged at the end. Its equations were not seen; the scores (shaped on AdaLoRA), costs, solvers and the aggregation are
 ours. `preset: paper` is our reading of it: four attention projections, SVD and sensitivity, ranks by importance, equal
 steps. `preset: best`, the default, is what a small prototype measured better: every linear weight, the gradient at
-B = 0 by kind, one rank an edge, as many steps as fit before the deadline, equal weights.
+B = 0 by kind, one rank an edge that grows over the rounds, as many steps as fit before the deadline, equal weights.
 
 One round on an edge. The global adapter G = B A, of rank `rank` on every candidate, acts as a whole; the edge trains
 its leading triplets on the weights it was given, the rest stays frozen beside them. It sends what it trained. The
@@ -61,10 +61,11 @@ class FedPipe(LoraMethod):
     linear weights; attention alone with `preset: paper`). preset: what measured better, or our reading of the paper.
     score, tie, solver, steps, weigh, penalty: null = the preset's. scope: each edge by its own scores, or the fleet's.
     refresh_every: rounds between scorings. bits: what an edge may use. deadline_seconds: of a round on fleet.clock
-    (null: searched). communication: share of it that the upload may take. penalty: lambda, of the under-training rate.
-    step_ratio: most steps of an edge over the fewest, and over those that local.steps plans. depth: whether a slow edge
-    may adapt its top layers alone. join: stack, or the baselines truncate, pad and increment. plans: by edge what
-    `fedpipe allocate` found, in place of a solver.
+    (null: searched). communication: share of it that the upload may take in the last round, half of that in the first
+    (solver `best`: early rounds need few directions). penalty: lambda, of the under-training rate. step_ratio: most
+    steps of an edge over the fewest, and over those that local.steps plans. depth: whether a slow edge may adapt its
+    top layers alone. join: stack, or the baselines truncate, pad and increment. plans: by edge what `fedpipe allocate`
+    found, in place of a solver.
     """
 
     rank: int = 16
@@ -80,7 +81,7 @@ class FedPipe(LoraMethod):
     weigh: Literal["equal", "paper", "all"] | None = None
     bits: list[int] | None = None
     deadline_seconds: float | None = None
-    communication: float = 0.25
+    communication: float = 0.5
     penalty: float | None = None
     step_ratio: float = 8.0
     depth: bool = False
@@ -155,6 +156,8 @@ class FedPipe(LoraMethod):
         facts = facts_of(edges, state.numbers, server.run.data.max_length)
         scores, whole = self.scores(state, facts, server), self.demands(state, edges, server)
         planned = {edge: steps_of(local, fact.rows) for edge, fact in facts.items()}
+        part = min(1.0, state.numbers.get("rounds", 0) / max(1, server.run.rounds - 1))  # of the run
+        share = self.communication * (1 + part) / 2
 
         def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
             demands = [replace(one, max_steps=max(one.min_steps, math.ceil(min(most, one.max_steps)))) for one in whole]
@@ -166,9 +169,7 @@ class FedPipe(LoraMethod):
                         firm=not calibrations_of(one.edge, state.numbers),
                     ) for one in demands
                 }  # fmt: skip
-            return planning.plan(
-                shape.keys, demands, scores, deadline, solver, communication_share=self.communication, **known
-            )
+            return planning.plan(shape.keys, demands, scores, deadline, solver, communication_share=share, **known)
 
         def bounded(deadline: float, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
             fewest = min(found.steps * found.batch for found in plans(deadline, solver=solver).values())
@@ -343,4 +344,4 @@ class FedPipe(LoraMethod):
         tensors, residual = joined(
             state.tensors, updates, samples, join=self.join, weigh=self.of("weigh"), rank=self.rank
         )
-        return Message(tensors, {**numbers, "residual": residual})
+        return Message(tensors, {**numbers, "residual": residual, "rounds": round + 1.0})
