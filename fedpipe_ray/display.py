@@ -234,7 +234,7 @@ def view_of(metrics: Mapping[str, float], view: str) -> dict[str, float]:
 
 def plan_table(deadline: float, plans: Mapping[str, EdgePlan]) -> Table:
     """What each edge is given. weights: how many are adapted, of which kinds; seconds: of a round, on fleet.clock."""
-    title = f"plan: rounds of at most {deadline:.3g} s"
+    title = f"plan of the first round: at most {deadline:.3g} s"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left")
     for name in (
         "edge", "bits", "batch", "steps", "ranks", "weights", "seconds", "MiB of", "capacity", "under-trained"
