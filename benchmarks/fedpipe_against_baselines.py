@@ -2,7 +2,7 @@
 
     python -m benchmarks.fedpipe_against_baselines [--quick] [--tasks "docstrings;e2e"] [--data FOLDER] [--jobs 2]
 
-Every arm gets the virtual time of the synchronous uniform arm; rounds follow from the arm's own third round. The rate
+Every arm gets the virtual time of the synchronous uniform arm; rounds follow from the arm's own second and third. The rate
 is tuned per arm on validation rows: three values, one seed, half the time; the runs that are judged then use the best.
 Runs that are done stay in results/fedpipe_runs.jsonl and are not repeated (remove a line to measure it anew), those
 that were ended go on from benchmarks/.cache; rows of tasks and arms that are not asked for stay in the table. FOLDER
@@ -179,7 +179,8 @@ def compare(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One task: a row an arm. Time to target is against the synchronous arm of the same seed."""
     with ThreadPoolExecutor(options.jobs) as pool:
         probes = {arm: pool.submit(done, task, arm, 3, 1.0, 0, options, rows=8) for arm in options.arms}
-        seconds = {arm: probe.result()["round s"] for arm, probe in probes.items() if probe.result()}
+        clocks = {arm: probe.result()["clock"] for arm, probe in probes.items() if probe.result()}
+        seconds = {arm: (clock[2] - clock[0]) / 2 for arm, clock in clocks.items()}
         if "synchronous" not in seconds:
             raise SystemExit(f"{task}: the synchronous arm failed, and its time is everybody's")
         budget = options.rounds * seconds["synchronous"]
