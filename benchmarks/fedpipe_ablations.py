@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.fedpipe_against_baselines import ARMS, TASKS, done, reached
+from benchmarks.fedpipe_against_baselines import ARMS, TASKS, done, reached, round_seconds
 from benchmarks.table import publish
 
 BEST = "best"
@@ -68,7 +68,7 @@ def main() -> None:
         probes = {
             name: pool.submit(done, options.task, f"ablation: {name}", 3, 1.0, 0, options, 8) for name in ABLATIONS
         }
-        seconds = {name: probe.result()["round s"] for name, probe in probes.items() if probe.result()}
+        seconds = {name: round_seconds(probe.result()) for name, probe in probes.items() if probe.result()}
         if BEST not in seconds:
             raise SystemExit("`best` failed, and its time is everybody's")
         for seed in seeds:

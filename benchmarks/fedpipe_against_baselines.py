@@ -2,8 +2,8 @@
 
     python -m benchmarks.fedpipe_against_baselines [--quick] [--tasks "docstrings;e2e"] [--data FOLDER] [--jobs 2]
 
-Every arm gets the virtual time of the synchronous uniform arm; rounds follow from the arm's own second and third. The rate
-is tuned per arm on validation rows: three values, one seed, half the time; the runs that are judged then use the best.
+Every arm gets the virtual time of the synchronous uniform arm; rounds follow from the arm's own second and third. The
+rate is tuned per arm on validation rows: three values, one seed, half the time; the runs that are judged then use the best.
 Runs that are done stay in results/fedpipe_runs.jsonl and are not repeated (remove a line to measure it anew), those
 that were ended go on from benchmarks/.cache; rows of tasks and arms that are not asked for stay in the table. FOLDER
 holds ag_news.csv and e2e_devset.csv.
@@ -150,7 +150,7 @@ def figures(out: Path) -> dict[str, Any]:
     last, told = seen[-1][1], [json.loads(line).get("plans") for line in (out / "plans.jsonl").read_text().splitlines()]
     return {
         "clock": [at for at, _ in seen], "loss": [found["global"]["loss"] for _, found in seen],
-        "round s": lines[-1]["virtual_seconds"], "worst": max(edge["loss"] for edge in last["edges"].values()),
+        "worst": max(edge["loss"] for edge in last["edges"].values()),
         "accuracy": last["global"].get("accuracy", last["global"].get("token_accuracy")),
         "worst accuracy": min(e.get("accuracy", e.get("token_accuracy")) for e in last["edges"].values()),
         "bytes_up": sum(line["bytes_up"] for line in lines), "bytes_down": sum(line["bytes_down"] for line in lines),
@@ -160,6 +160,11 @@ def figures(out: Path) -> dict[str, Any]:
         "lost": len(edges) - len(fine), "edge rounds": len(edges),
         "plans": hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16],
     }  # fmt: skip
+
+
+def round_seconds(probe: dict[str, Any]) -> float:
+    """Virtual seconds of a round: the mean of the second and third, for the first has other plans, and ranks grow."""
+    return float(probe["clock"][2] - probe["clock"][0]) / 2
 
 
 def reached(run: dict[str, Any], target: float) -> float:
@@ -179,8 +184,7 @@ def compare(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One task: a row an arm. Time to target is against the synchronous arm of the same seed."""
     with ThreadPoolExecutor(options.jobs) as pool:
         probes = {arm: pool.submit(done, task, arm, 3, 1.0, 0, options, rows=8) for arm in options.arms}
-        clocks = {arm: probe.result()["clock"] for arm, probe in probes.items() if probe.result()}
-        seconds = {arm: (clock[2] - clock[0]) / 2 for arm, clock in clocks.items()}
+        seconds = {arm: round_seconds(probe.result()) for arm, probe in probes.items() if probe.result()}
         if "synchronous" not in seconds:
             raise SystemExit(f"{task}: the synchronous arm failed, and its time is everybody's")
         budget = options.rounds * seconds["synchronous"]
