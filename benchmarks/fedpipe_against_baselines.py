@@ -3,7 +3,7 @@
     python -m benchmarks.fedpipe_against_baselines [--quick] [--tasks "docstrings;e2e"] [--data FOLDER] [--jobs 2]
 
 Every arm gets the virtual time of the synchronous uniform arm; rounds follow from the arm's own second and third. The
-rate is tuned per arm on validation rows: three values, one seed, half the time; the runs that are judged then use the best.
+rate is tuned per arm on validation rows: three values, one seed, half the time; runs that are judged use the best.
 Runs that are done stay in results/fedpipe_runs.jsonl and are not repeated (remove a line to measure it anew), those
 that were ended go on from benchmarks/.cache; rows of tasks and arms that are not asked for stay in the table. FOLDER
 holds ag_news.csv and e2e_devset.csv.
