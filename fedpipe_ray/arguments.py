@@ -122,7 +122,7 @@ def add_searches(commands: Any, run_file: argparse.ArgumentParser) -> None:
     allocate.add_argument(
         "--measure", type=int, default=0, metavar="K", help="so many (at least 2) also in short federated runs"
     )
-    allocate.add_argument("--sampler", default="tpe", help="tpe (default), gp, nsga2, cmaes, qmc, random")
+    allocate.add_argument("--sampler", default="tpe", help="tpe (default), gp, nsga2, nsga3, cmaes, qmc, random")
     allocate.add_argument("--out", type=on_disk, metavar="DIR", help="default: runs/allocate-NAME")
 
 

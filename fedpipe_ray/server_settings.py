@@ -40,11 +40,11 @@ def settle(section: Any, where: str, own: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Aggregator(Section):
-    """How updates become one. `mean`, weighted, is the only one that holds one update at a time.
+    """How updates become one. `mean`, weighted, is the only one that holds one update at a time. docs/server.md says
+    which is for what.
 
     name: the rule; trim: values left out at each end, of each coordinate; byzantine: edges that may send anything;
-    keep: updates that multi_krum averages (null: all that came, less byzantine, less 2). docs/server.md says which is
-    for what.
+    keep: updates that multi_krum averages (null: all that came, less byzantine, less 2).
     """
 
     name: Literal["mean", "trimmed_mean", "median", "geometric_median", "krum", "multi_krum"] = "mean"
@@ -84,10 +84,11 @@ class Aggregator(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer(Section):
-    """A server optimizer, whose gradient is minus a round's change of the state. docs/server.md has the equations.
+    """A server optimizer, whose gradient is minus a round's change of the state. docs/server.md has the equations, and
+    the defaults of each, which null stands for.
 
     name: which one; lr: its rate; beta1, beta2: of the first and second moment; tau: adaptivity, added to the root;
-    weight_decay: of fedadamw, times lr. Null: the optimizer's own default, in the paper's notation 0.9, 0.99 and 1e-3.
+    weight_decay: of fedadamw, times lr.
     """
 
     name: Literal["fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedadamw"]

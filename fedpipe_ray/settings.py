@@ -69,12 +69,13 @@ class Data(Section):
     """Private text of an edge (or the server's public text), and how a row becomes a training example.
 
     source: `builtin:docstrings`, a path, folder or glob of JSONL, CSV or Parquet files, a URL that pyarrow knows
-    (s3://, gs://), or `hf:NAME`; `{edge}` in it is replaced by the edge's name. format: of the files; `auto` goes by
-    their endings. task: language modelling, or classes. prompt, response: templates with `{column}` fields; the causal
-    loss counts response tokens only. messages: a column of chat messages, rendered by the tokenizer's chat template.
-    text: template of the input of a classifier; label: the column with its class; labels: the class names in order
-    (found in the data if empty). max_length: tokens of a row, beyond which it is cut. validation, test: a share of the
-    rows, chosen by a hash of the prompt, or a path of their own. limit: at most so many rows are read.
+    (s3://, gs://), or `hf:NAME[/CONFIG][:SPLIT]`; `{edge}` in it is replaced by the edge's name. format: of the files;
+    `auto` goes by their endings. task: language modelling, or classes. prompt, response: templates with `{column}`
+    fields; the causal loss counts response tokens only. messages: a column of chat messages, rendered by the
+    tokenizer's chat template. text: template of the input of a classifier; label: the column with its class; labels:
+    the class names in order (found in the data if empty). max_length: tokens of a row, beyond which it is cut.
+    validation, test: a share of the rows, chosen by a hash of the prompt, or a path of their own. limit: at most so
+    many rows are read.
     """
 
     source: str = "builtin:docstrings"
@@ -125,7 +126,7 @@ class Data(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Local(Section):
-    """Training on an edge in one round: `steps` optimizer steps, or `epochs` over its rows.
+    """Training on an edge in one round: `steps` optimizer steps, or `epochs` over its rows; 20 steps if both are null.
 
     batch: rows an optimizer step, split into `accumulate` parts. lr follows `schedule` over all rounds: warmup_steps
     up, then constant, linear or cosine down to lr_floor x lr. optimizer: AdamW, or plain SGD without momentum; clip: of

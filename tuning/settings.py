@@ -13,7 +13,7 @@ PRUNERS = ("halving", "hyperband", "median", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(Section):
-    """One figure to make small or large. way: by default the better one of the metric.
+    """One figure to make small or large. metric: which one; way: `auto` = the metric's better one.
 
     within: quality under a budget, metric -> at most; until: cost to a target, metric -> value to reach; over: of the
     edges together, the `worst` one, or the `gap` between the worst and the mean.
@@ -37,12 +37,13 @@ class Campaign(Section):
     run: the run file that trials start from, beside this file; set: keys of it that differ in every trial. search: key
     -> {low, high, step or log} or a list of choices. objectives: name -> minimize, maximize, or the keys of an
     Objective; the name is the metric unless those say another. constraints: metric -> at most, or {at_least: value}.
+    name: of the campaign (null: the file's).
 
     sampler, seed: Optuna's. pruner: by default `hyperband` where there is one objective, and none where there are
-    several. parallel: trials at once; fleet: `shared` = each in one warm worker that plays all edges, `own` = each with
-    Ray actors for its edges. retries: how often a trial is tried again whose worker died. enqueue: points to try first;
-    keys left out are drawn. storage: URL of a PostgreSQL or MySQL database (default: a journal file in the campaign's
-    folder).
+    several. trials: how many in all; parallel: how many at once; fleet: `shared` = each in one warm worker that plays
+    all edges, `own` = each with Ray actors for its edges. retries: how often a trial is tried again whose worker died.
+    enqueue: points to try first; keys left out are drawn. storage: URL of a PostgreSQL or MySQL database (default: a
+    journal file in the campaign's folder).
     """
 
     run: str

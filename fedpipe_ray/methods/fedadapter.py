@@ -51,7 +51,7 @@ class FedAdapter(Section):
     """FedAdapter: bottleneck adapters in the top layers; depth and width grow by trials on the clock.
 
     depth, width: at the start; depth_step, width_step: what a trial adds; max_width: the widest. trial_every: rounds of
-    a trial, or interval_seconds: its least length on the virtual clock (null: trial_every counts), at least two rounds.
+    a trial; interval_seconds: instead, its least length on the virtual clock, at least two rounds (null: trial_every).
     """
 
     depth: int = 1

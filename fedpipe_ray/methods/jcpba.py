@@ -75,7 +75,7 @@ class Jcpba(LoraMethod):
     """JCPBA: pruning rate and bandwidth of each edge so that a round over a shared wireless uplink ends soonest.
 
     allocation: joint optimum, descent (`bcd`, pruning first), or a baseline of planning/wireless.py. rho_bar: mean
-    pruning rate, rho_max: the highest. bandwidth_hz: of the uplink, power_dbm: an edge's, noise_dbm_hz: a hertz's.
+    pruning rate; rho_max: the highest. bandwidth_hz: of the uplink; power_dbm: of an edge; noise_dbm_hz: noise a hertz.
     radius_m: of the disc in which edges stand whose profile has no distance_m; outage: chance that a link is blocked in
     a round. score: which units stay; score_every: rounds between scorings by `taylor`. variant: of LoRA.
     """
