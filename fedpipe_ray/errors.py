@@ -31,8 +31,10 @@ class AllEdgesLost(RuntimeError):
         self.lost = lost
 
 
-class Interrupted(RuntimeError):
-    """SIGINT or SIGTERM asked the run to stop after a round; exit code 128 + signal."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM asked the run to stop; exit code 128 + signal. Like KeyboardInterrupt no Exception, so that
+    nobody takes it for a failure of his own.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)

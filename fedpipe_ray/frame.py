@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .model import Base, empty_model, load_tokenizer, pick_device
+from .device import pick_device
+from .model import Base, empty_model, load_tokenizer
 from .settings import Model
 
 

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from .costs import place
+from .device import pick_device, pick_dtype
 from .errors import UnsupportedBits, UserError
-from .message import DTYPES, Message
+from .message import Message
 from .packed import digest, packed, source_of
 from .settings import Model
 
@@ -255,11 +256,19 @@ def load_config(settings: Model, task: str, classes: Sequence[str]) -> Any:
 
 def load_tokenizer(settings: Model) -> Any:
     """The model's tokenizer. Raises UserError."""
-    tokenizer = _loading(settings, lambda: AutoTokenizer.from_pretrained(**_where(settings)))
+    tokenizer = _loading(settings, lambda: _tokenizer(settings))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _tokenizer(settings: Model) -> Any:
+    if settings.name.startswith("builtin:"):
+        from .pretrain import builtin_tokenizer
+
+        return builtin_tokenizer(settings.name.removeprefix("builtin:"))
+    return AutoTokenizer.from_pretrained(**_where(settings))
 
 
 def set_pad_token(model: Any, tokenizer: Any) -> int:
@@ -278,26 +287,6 @@ def labels(task: str, classes: Sequence[str]) -> dict[str, Any]:
         "id2label": dict(enumerate(classes)),
         "label2id": {c: i for i, c in enumerate(classes)},
     }
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then CPU. Raises UserError for a device that is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"model.device: {name!r} is no device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device: cuda, but this process sees no GPU; give the edge's profile gpus, or use auto")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """float32 on CPU and the checkpoint's own dtype (None) on a GPU unless `name` says otherwise."""
-    if name != "auto":
-        return DTYPES[name]
-    return torch.float32 if device.type == "cpu" else None
 
 
 def _where(settings: Model) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
 
 from fedpipe_ray.data.docstrings import PROMPT, RESPONSE, cache_folder, pairs_hash, public_docstrings, read_pairs
 from fedpipe_ray.errors import UserError
@@ -78,6 +78,15 @@ def builtin_model(
     return pretrained(replace(_recipe(name), steps=steps), progress, threads)
 
 
+def builtin_tokenizer(name: str) -> Any:
+    """The tokenizer of a built-in model: seconds where the model is not cached. Raises UserError for another name."""
+    recipe = _recipe(name)
+    folder = folder_of(recipe)
+    if _is_whole(folder):
+        return AutoTokenizer.from_pretrained(folder)
+    return train_tokenizer(corpus_texts(recipe), recipe.vocabulary)
+
+
 def builtin_config(name: str, **changes: Any) -> LlamaConfig:
     """The architecture of a built-in model, known without training it. Raises UserError for another name."""
     return architecture(_recipe(name), _recipe(name).vocabulary, **changes)
@@ -95,9 +104,14 @@ def recipe_hash(recipe: Recipe = RECIPES["tiny-llama"]) -> str:
     return blake2b(json.dumps(parts).encode(), digest_size=6).hexdigest()
 
 
+def folder_of(recipe: Recipe) -> Path:
+    """Where the model of a recipe is cached, or would be."""
+    return cache_folder() / "models" / f"llama-{recipe_hash(recipe)}"
+
+
 def pretrained(recipe: Recipe, progress: Progress | None = None, threads: int | None = None) -> Path:
     """The cached folder of a recipe, made if missing; a process that is interrupted or late leaves nothing behind."""
-    folder = cache_folder() / "models" / f"llama-{recipe_hash(recipe)}"
+    folder = folder_of(recipe)
     if _is_whole(folder):
         return folder
     parent = _writable(folder.parent)

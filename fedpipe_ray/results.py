@@ -18,6 +18,7 @@ import peft
 
 from .config import edge_data
 from .data import inspect, open_data
+from .device import pick_device, pick_dtype
 from .display import Display
 from .errors import EdgeError, UserError
 from .evaluate import Metrics, combine, evaluate, generate
@@ -25,7 +26,7 @@ from .files import write_atomically
 from .fleet import Fleet, classes_of
 from .message import Message
 from .methods.base import Method
-from .model import Base, empty_model, load_tokenizer, pick_device, pick_dtype
+from .model import Base, empty_model, load_tokenizer
 from .planning import EdgePlan
 from .record import RunFolder
 from .run import Experiment, MakeFleet, preflight, server_site

@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedpipe_ray import pretrain
 from fedpipe_ray.data.docstrings import PROMPT, RESPONSE
+from fedpipe_ray.model import load_tokenizer
 from fedpipe_ray.pretrain import Muon, Recipe, builtin_model, packed, pretrained, recipe_hash, train_tokenizer
+from fedpipe_ray.settings import Model
 
 RECIPE = Recipe(
     corpus="spoken",
@@ -50,6 +52,19 @@ def test_two_runs_give_the_same_files(cache: Path, tmp_path: Path, monkeypatch: 
     assert first != second
     assert contents(first) == contents(second)
     assert set(contents(first)) >= set(pretrain.FILES)
+
+
+def test_the_tokenizer_is_there_before_the_model(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pretrain.RECIPES, "small", RECIPE)
+    alone = load_tokenizer(Model(name="builtin:small"))
+    assert not (cache / "fedpipe-ray" / "models").exists()
+    pretrained(RECIPE)
+    saved = load_tokenizer(Model(name="builtin:small"))
+    assert type(alone) is type(saved)
+    assert alone.get_vocab() == saved.get_vocab()
+    text = "Count the words between a and b."
+    assert alone(text)["input_ids"] == saved(text)["input_ids"]
+    assert (alone.eos_token_id, alone.pad_token_id) == (saved.eos_token_id, saved.pad_token_id)
 
 
 def test_the_folder_loads_as_any_model_does(cache: Path) -> None:

@@ -86,8 +86,6 @@ class Comparison:
             self.fail(name, "lost", str(error))
         except UserError as error:
             self.fail(name, "refused", str(error))
-        except (Interrupted, KeyboardInterrupt):
-            raise
         except Exception as error:  # a method's own fault must not lose the others
             log.exception("%s failed", name)
             self.fail(name, "crashed", f"{type(error).__name__}: {error}", traceback.format_exc())
