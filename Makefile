@@ -52,7 +52,7 @@ test-services: $(VENV)/.installed $(VENV)/s3-server/.installed debian ## the tes
 lint: $(VENV)/.installed ## ruff and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(CODE)
+	$(BIN)/mypy $(CODE) benchmarks
 
 docs: $(VENV)/.installed ## the documentation, into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -191,6 +191,7 @@ def side_by_side(small: bool) -> None:
 
 def main() -> None:
     """The named questions, or all."""
+    options: argparse.Namespace
     questions = {
         "overhead": lambda: overhead(options.small), "side_by_side": lambda: side_by_side(options.small),
         "pruning": lambda: pruning(options.small, [int(seed) for seed in options.seeds.split(",")]),

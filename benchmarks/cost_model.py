@@ -44,7 +44,7 @@ MODELS: dict[str, Any] = {
     "gpt2 6 x 768": lambda: GPT2LMHeadModel(GPT2Config(n_layer=6, n_embd=768, n_head=12, vocab_size=12000)),
     "bert 8 x 640": lambda: BertForSequenceClassification(BertConfig(
         hidden_size=640, num_hidden_layers=8, num_attention_heads=10, intermediate_size=2560, vocab_size=16000,
-        num_labels=4,
+        id2label=dict(enumerate("abcd")),
     )),
 }  # fmt: skip
 LENGTH = 96

@@ -31,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ends, a 4, beta 0.2": {"a": 4, "beta": 0.2, "split": "ends"},
 }
 BATCHES = ((1, 16), (4, 128))
-SHAPE = {"vocab_size": 1600, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
+SHAPE: dict[str, Any] = {"vocab_size": 1600, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12}
 
 
 def write_run(folder: Path, rows: int, tokens: int, method: dict[str, Any]) -> Path:
@@ -69,6 +69,7 @@ def write_order(path: Path) -> None:
     from fedpipe_ray.config import load_run
     from fedpipe_ray.methods import make_method
     from fedpipe_ray.randomness import rng_for
+    from fedpipe_ray.report import Lost
     from fedpipe_ray.run import server_site
 
     run = load_run(path, [], lambda name, _: {})
@@ -76,6 +77,7 @@ def write_order(path: Path) -> None:
     server = server_site(run, method, [])
     state = method.start(server, rng_for(0, 0, "start"))
     order = method.plan(state, run.fleet.edges, server, 0, rng_for(0, 0, "plan"))["e0"]
+    assert not isinstance(order, Lost), order.reason
     order.save(path.with_name("order.safetensors"))
     print(json.dumps({"payload": order.payload_bytes}))
 

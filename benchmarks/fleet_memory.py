@@ -30,7 +30,12 @@ from benchmarks.small_llama import TOKENS, VOCABULARY, write_material
 from benchmarks.table import parser, publish
 
 EDGES, ROUNDS, LOOKS = (1, 2, 4), 100, (10, 55, 100)
-LARGE = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 12, "num_attention_heads": 10}
+LARGE: dict[str, Any] = {
+    "hidden_size": 640,
+    "intermediate_size": 1728,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 10,
+}
 
 
 def add_large(folder: Path) -> None:

@@ -80,7 +80,7 @@ def trained_model(folder: str, rank: int, alpha: float) -> Any:
     return fresh_model(folder, rank, alpha)
 
 
-def fresh_model(folder: str, rank: int, alpha: float) -> Any:
+def fresh_model(folder: str, rank: int, alpha: Any) -> Any:
     import peft
     from transformers import AutoModelForCausalLM
 

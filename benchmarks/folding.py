@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ def copied(buffer: torch.Tensor, target: torch.Tensor) -> float:
 def measure(updates: int, threads: int) -> dict[str, float]:
     """One row."""
     buffers, target = [shared(k) for k in range(BUFFERS)], torch.zeros(NUMBERS * TENSORS)
-    edges = {f"e{k}": {} for k in range(updates)}
+    edges: dict[str, Any] = {f"e{k}": {} for k in range(updates)}
     run = build(Run, {"fleet": {"edges": edges, "ray": False}, "local": {"threads": threads}})
     server, state = server_site(run, make_method(run.method), []), message_of(torch.zeros(NUMBERS * TENSORS))
     sent = dict.fromkeys(edges, state)

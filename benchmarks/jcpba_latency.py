@@ -43,7 +43,7 @@ def instance(seed: int, clients: int, bandwidth_hz: float) -> Problem:
 def latencies(setting: str, seed: int) -> dict[str, Any]:
     """Seconds of a round by each allocation."""
     problem = instance(seed, 10, SETTINGS[setting])
-    found = {kind: allocate(problem, kind, np.random.default_rng(seed)).seconds for kind in KINDS}
+    found: dict[str, float] = {kind: allocate(problem, kind, np.random.default_rng(seed)).seconds for kind in KINDS}
     return {"setting": setting, "seed": seed, **found}
 
 

@@ -34,6 +34,7 @@ from fedpipe_ray.fleet import SerialFleet
 from fedpipe_ray.loop import federate
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.pretrain import RECIPES, pretrained, recipe_hash
+from fedpipe_ray.report import Lost
 from fedpipe_ray.run import server_site
 
 DONE = RESULTS / "jcpba_training.jsonl"
@@ -84,24 +85,28 @@ def arm_of(path: Path, method: str, budget: float | None, rounds: int) -> dict[s
     fleet.open()
     server = server_site(run, made, [])
     count = rounds if budget is None else 10**6
-    clock, loss, rho, up, down, flops, state = [0.0], [validation(fleet, None)], [], 0, 0, 0.0, None
+    clock, loss, rho, up, down, flops, state = [0.0], [loss_on(fleet, None, "validation")], [], 0, 0, 0.0, None
     for done in federate(made, fleet, server, rounds=count, seed=run.seed, evaluate_every=0):
         if budget is not None and done.clock_seconds > budget:
             break
         state = done.state
         clock.append(done.clock_seconds)
-        loss.append(validation(fleet, state))
+        loss.append(loss_on(fleet, state, "validation"))
         rho.append(state.numbers["rho"])
         up, down = up + done.bytes_up, down + done.bytes_down
         flops += sum(outcome.cost.flops for outcome in done.outcomes.values())
     return {
         "rounds": len(clock) - 1, "clock": clock, "loss": loss, "rho": float(np.mean(rho)), "bytes_up": up,
-        "bytes_down": down, "flops": flops, "test": combine(fleet.evaluate(state, "test"))["loss"],
+        "bytes_down": down, "flops": flops, "test": loss_on(fleet, state, "test"),
     }  # fmt: skip
 
 
-def validation(fleet: SerialFleet, state: Any) -> float:
-    return combine(fleet.evaluate(state, "validation"))["loss"]
+def loss_on(fleet: SerialFleet, state: Any, split: str) -> float:
+    found = fleet.evaluate(state, split)
+    lost = [f"{edge}: {one.reason}" for edge, one in found.items() if isinstance(one, Lost)]
+    if lost:
+        raise SystemExit("; ".join(lost))
+    return combine({edge: one for edge, one in found.items() if not isinstance(one, Lost)})["loss"]
 
 
 def runs(options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:

@@ -127,10 +127,11 @@ def main() -> None:
             }
             for name in seconds
         ]  # fmt: skip
-    for name, settings in {
+    rounds: dict[str, dict[str, Any]] = {
         "a round, best, deadline searched": {}, "a round, paper": {"preset": "paper"},
         "a round, greedy, deadline given": {"solver": "greedy", "tie": "none", "deadline_seconds": 30.0},
-    }.items():  # fmt: skip
+    }  # fmt: skip
+    for name, settings in rounds.items():
         taken = [of_a_round(**settings) for _ in range(REPEATS)]
         rows.append({
             **dict.fromkeys(rows[0], ""), "scores": "a score a weight", "solver": name,
