@@ -19,11 +19,6 @@ TAIL = "tail."
 Join = Literal["stack", "truncate", "pad", "increment"]
 
 
-def names_of(module: str) -> tuple[str, str]:
-    """The PEFT keys of a module's factors: (A, B)."""
-    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
-
-
 def part_of(
     state: Mapping[str, torch.Tensor], ranks: Mapping[str, int], join: Join, fresh: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from fedpipe_ray.loop import federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.methods.fedpipe import FedPipe
-from fedpipe_ray.partial import TAIL, joined, misfit, names_of, part_of, whole_of
+from fedpipe_ray.partial import TAIL, joined, misfit, part_of, whole_of
 from fedpipe_ray.places import kinds_of, layers_of
 from fedpipe_ray.probe import ranks_of
 from fedpipe_ray.randomness import rng_for
@@ -35,6 +35,11 @@ from fedpipe_ray.site import Site
 TOKENS = torch.tensor([[3, 9, 17, 5, 10], [4, 4, 11, 12, 8]])  # [rows, length]
 STACK: dict[str, Any] = {"join": "stack", "weigh": "equal", "rank": 8}
 UNEVEN = "fleet.edges.c.uplink_bps=20kbit/s"  # so slow that its rank must be low
+
+
+def names_of(module: str) -> tuple[str, str]:
+    """The PEFT keys of a module's factors: (A, B)."""
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
 
 
 def random_state(method: FedPipe, server: Site) -> Message:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from fedpipe_ray.section import Section, require
 
 SAMPLERS = ("tpe", "gp", "nsga2", "nsga3", "cmaes", "qmc", "random")
-PRUNERS = ("halving", "hyperband", "median", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
