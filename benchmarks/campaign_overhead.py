@@ -6,8 +6,8 @@ Targets: under 100 ms a trial with warm workers; four trials on two cores in at 
 one after another, one thread each; at least 40 % of the rounds spared at no worse best loss, three seeds. --small: the
 quickstart's model and method with three edges, 6 steps of 4 short rows and 24 rows an evaluation, for slow machines.
 Both arms of `pruning` share the rounds that they have in common, which are computed once; those that are done stay in
-benchmarks/.cache, so that it goes on where it was stopped. `overhead` and
-`side_by_side` leave the first trial of each worker out: it imports and loads.
+results/campaign_pruning.jsonl, so that it goes on where it was stopped (remove the file to measure anew). `overhead`
+and `side_by_side` leave the first trial of each worker out: it imports and loads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table import publish
+from benchmarks.table import RESULTS, publish
 from fedpipe_ray.__main__ import load
 from fedpipe_ray.display import Display
 from fedpipe_ray.fleet import Kept
@@ -33,7 +33,7 @@ from tuning.tune import carry_out
 from tuning.watch import rounds_spent
 
 FILE = Path(__file__).parent.parent / "examples" / "campaign.yaml"
-ROUNDS_DONE = Path(__file__).parent / ".cache" / "campaign_pruning.jsonl"
+ROUNDS_DONE = RESULTS / "campaign_pruning.jsonl"
 SMALL = {
     "local.steps": 6, "local.batch": 4, "data.max_length": 48, "data.limit": 400, "evaluate.rows": 24,
     "fleet.profiles": None, "fleet.ray": False,
@@ -47,6 +47,11 @@ def plan_of(small: bool, **changes: Any) -> Plan:
     overrides = [f"{key}={value!r}" if isinstance(value, str) else f"{key}={json.dumps(value)}" for key, value in
                  {**settings, **changes}.items()]  # fmt: skip
     return load_plan(FILE, overrides, load)
+
+
+def short(record: Record) -> Record:
+    """A round's record without its edges, which neither the objective nor the constraint looks at."""
+    return {**record, "edges": {}, "eval": {"global": record["eval"]["global"], "edges": {}}}
 
 
 class Remembered:
@@ -73,10 +78,10 @@ class Remembered:
         if len(known) < run.rounds:
             for number, record in enumerate(records_of(run, self._open)):
                 if number >= len(known):
-                    known.append(record)
+                    known.append(short(record))
                     with self.path.open("a") as file:
-                        file.write(json.dumps([point, record]) + "\n")
-                    yield record
+                        file.write(json.dumps([point, known[-1]]) + "\n")
+                    yield known[-1]
 
     def next(self, timeout_seconds: float) -> Event | None:
         """The next round of the oldest task, or its end."""
@@ -96,7 +101,6 @@ class Remembered:
 def pruning(small: bool, seeds: Sequence[int]) -> None:
     """Rounds and best loss with and without the pruner. Every seed is published as it ends."""
     rows: list[dict[str, Any]] = []
-    ROUNDS_DONE.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         row: dict[str, Any] = {"seed": seed}
         for pruner in ("none", "hyperband"):
