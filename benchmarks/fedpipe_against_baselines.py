@@ -2,8 +2,9 @@
 
     python -m benchmarks.fedpipe_against_baselines [--quick] [--tasks "docstrings;e2e"] [--data FOLDER] [--jobs 2]
 
-Every arm gets the virtual time of the synchronous uniform arm; rounds follow from the arm's own second and third. The
-rate is tuned per arm on validation rows: three values, one seed, half the time; runs that are judged use the best.
+Every arm gets the virtual time of the synchronous uniform arm of its seed, which divides the rows; its rounds follow
+from its own second and third. The rate is tuned per arm on validation rows: three values, one seed, half the time; runs
+that are judged use the best.
 Runs that are done stay in results/fedpipe_runs.jsonl and are not repeated (remove a line to measure it anew), those
 that were ended go on from benchmarks/.cache; rows of tasks and arms that are not asked for stay in the table. FOLDER
 holds ag_news.csv and e2e_devset.csv.
@@ -180,33 +181,40 @@ def reached(run: dict[str, Any], target: float) -> float:
     return float(clock[at - 1] + part * (clock[at] - clock[at - 1]))
 
 
+def counted(task: str, seed: int, options: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, int]:
+    """Rounds by arm, for as much virtual time as the synchronous arm needs for its own; arms that failed left out."""
+    probes = {arm: pool.submit(done, task, arm, 3, 1.0, seed, options, rows=8) for arm in options.arms}
+    seconds = {arm: round_seconds(probe.result()) for arm, probe in probes.items() if probe.result()}
+    if "synchronous" not in seconds:
+        raise SystemExit(f"{task}: the synchronous arm failed, and its time is everybody's")
+    return {arm: max(2, round(options.rounds * seconds["synchronous"] / one)) for arm, one in seconds.items()}
+
+
 def compare(task: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One task: a row an arm. Time to target is against the synchronous arm of the same seed."""
     with ThreadPoolExecutor(options.jobs) as pool:
-        probes = {arm: pool.submit(done, task, arm, 3, 1.0, 0, options, rows=8) for arm in options.arms}
-        seconds = {arm: round_seconds(probe.result()) for arm, probe in probes.items() if probe.result()}
-        if "synchronous" not in seconds:
-            raise SystemExit(f"{task}: the synchronous arm failed, and its time is everybody's")
-        budget = options.rounds * seconds["synchronous"]
-        count = {arm: max(2, round(budget / one)) for arm, one in seconds.items()}
-        rates = dict.fromkeys(seconds, 1.0)
+        count = counted(task, 0, options, pool)
+        rates = dict.fromkeys(count, 1.0)
         if not options.quick:
             half = {
                 (arm, rate): pool.submit(done, task, arm, max(2, count[arm] // 2), rate, 0, options)
-                for arm in seconds
+                for arm in count
                 for rate in RATES
             }
-            for arm in seconds:
+            for arm in count:
                 found = {rate: half[arm, rate].result() for rate in RATES}
                 last = {rate: run["loss"][-1] for rate, run in found.items() if run}
                 rates[arm] = min(last, key=lambda rate: last[rate], default=1.0)
-        futures = {
-            (arm, seed): pool.submit(done, task, arm, count[arm], rates[arm], seed, options)
-            for seed in options.seeds
-            for arm in seconds
-        }
-        runs = {key: future.result() for key, future in futures.items()}
-    ended = [arm for arm in seconds if any(runs[arm, seed] and runs["synchronous", seed] for seed in options.seeds)]
+        runs: dict[tuple[str, int], dict[str, Any]] = {}
+        for seed in options.seeds:
+            futures = {
+                arm: pool.submit(done, task, arm, rounds, rates[arm], seed, options)
+                for arm, rounds in counted(task, seed, options, pool).items()
+                if arm in rates
+            }
+            runs |= {(arm, seed): future.result() for arm, future in futures.items()}
+    both = [(arm, seed) for arm, seed in runs if runs[arm, seed] and runs["synchronous", seed]]
+    ended = [arm for arm in rates if any((arm, seed) in both for seed in options.seeds)]
     return [row_of(task, arm, runs, rates[arm], options.seeds) for arm in ended]
 
 
@@ -218,7 +226,7 @@ def row_of(
 
     vs sync: paired difference of the final macro loss, and of the worst edge's.
     """
-    both = [(runs[arm, seed], runs["synchronous", seed]) for seed in seeds]
+    both = [(runs.get((arm, seed), {}), runs["synchronous", seed]) for seed in seeds]
     pairs = [(mine, other) for mine, other in both if mine and other]
     own = [mine for mine, _ in pairs]
     final = np.array([mine["loss"][-1] for mine in own])
@@ -228,7 +236,8 @@ def row_of(
         return float(np.mean([mine[name] for mine in own]))
 
     return {
-        "task": task, "arm": arm, "rounds": own[0]["rounds"], "rate x": rate, "seeds": len(own),
+        "task": task, "arm": arm, "rounds": " ".join(str(mine["rounds"]) for mine in own), "rate x": rate,
+        "seeds": len(own),
         "virtual s": float(np.mean([mine["clock"][-1] for mine in own])),
         "loss": float(final.mean()), "+-": float(final.std()),
         "vs sync": float(np.mean([mine["loss"][-1] - other["loss"][-1] for mine, other in pairs])),
