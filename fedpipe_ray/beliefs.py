@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .errors import UserError
@@ -46,18 +46,29 @@ def unsupported(lost: Lost) -> dict[str, float]:
     return {f"{lost.edge}/{UNPACKED}": 1.0}
 
 
-def told(edge: str, plan: EdgePlan | None, took: int, update: Mapping[str, float], numbers: dict[str, float]) -> None:
+def told(
+    edge: str, plan: EdgePlan | None, took: int, update: Mapping[str, float], numbers: dict[str, float],
+    foretold: Callable[[EdgePlan], float],
+) -> None:  # fmt: skip
     """Takes a round that took `took` bytes into a state's numbers. plan: what it was, if anybody knows.
 
-    An edge that measured itself anew in those bits has told more than the factor could. One that did not, and took more
-    than planned, is planned with what it took, before that is more than it has.
+    An edge that measured itself anew in those bits has told more than the factor could, unless the round itself came
+    near its capacity: then what these numbers foretell of the plan, foretold(plan), is held against that. One that did
+    not measure, and took more than planned, is planned with what it took, before that is more than it has.
     """
     measured = {int(name[len(CALIBRATION) :].partition(".")[0]) for name in update if name.startswith(CALIBRATION)}
-    if measured:
-        if numbers.get(f"{edge}/{BITS}") in measured:
-            numbers.pop(f"{edge}/{MEMORY}", None)
-    elif plan is not None and plan.capacity_bytes < math.inf and HEADROOM * took > plan.memory_bytes:
-        numbers |= _factor(edge, plan, HEADROOM * took / plan.memory_bytes, numbers)
+    if numbers.get(f"{edge}/{BITS}") in measured:
+        numbers.pop(f"{edge}/{MEMORY}", None)
+    if plan is None or plan.capacity_bytes == math.inf:
+        return
+    if not measured:
+        believed = plan.memory_bytes
+    elif plan.bits in measured and HEADROOM * took > plan.capacity_bytes:
+        believed = foretold(plan)
+    else:
+        return
+    if HEADROOM * took > believed:
+        numbers |= _factor(edge, plan, HEADROOM * took / believed, numbers)
 
 
 def exceeded(edge: str, plan: EdgePlan, took: int, numbers: Mapping[str, float]) -> dict[str, float]:

@@ -52,28 +52,57 @@ def test_an_edge_without_a_declared_capacity_shows_where_it_ends(run_file: Path)
     assert (then["a"].batch, then["a"].ranks) == (before["a"].batch, before["a"].ranks)
 
 
+def never(plan: object) -> float:
+    raise AssertionError("nobody asks")
+
+
 def test_a_round_that_takes_more_than_planned_is_planned_with_what_it_took(run_file: Path) -> None:
     """Before it is above the capacity; what is above by 5 percent counts, and so does the factor from before."""
     _, method, fleet, server = made(run_file, "", "fleet.edges.b.training_memory_bytes=1GiB")
     state = method.start(server, rng_for(0, 0, "start"))
     plan = method.configure(state, fleet.edges, server)[1]["b"]
     took, numbers = int(0.99 * 2**30), {"b/memory": 2.0}
-    beliefs.told("b", plan, took, {}, numbers)
+    beliefs.told("b", plan, took, {}, numbers, never)
     assert numbers == {"b/memory": pytest.approx(2 * 1.05 * took / plan.memory_bytes), "b/memory_bits": 16.0}
     then = method.configure(Message(state.tensors, {"b/memory": numbers["b/memory"] / 2}), fleet.edges, server)[1]["b"]
     assert (then.bits, then.batch) < (plan.bits, plan.batch)
     for less in ({}, dict(numbers)):
         before = dict(less)
-        beliefs.told("b", plan, int(plan.memory_bytes / 1.06), {}, less)
+        beliefs.told("b", plan, int(plan.memory_bytes / 1.06), {}, less, never)
         assert less == before
 
 
 def test_only_what_is_measured_in_the_same_bits_replaces_a_factor() -> None:
     numbers = {"b/memory": 2.0, "b/memory_bits": 16.0}
-    beliefs.told("b", None, 0, {"calibration.4.bytes_token": 1.0}, numbers)
+    beliefs.told("b", None, 0, {"calibration.4.bytes_token": 1.0}, numbers, never)
     assert numbers["b/memory"] == 2
-    beliefs.told("b", None, 0, {"calibration.16.bytes_token": 1.0}, numbers)
+    beliefs.told("b", None, 0, {"calibration.16.bytes_token": 1.0}, numbers, never)
     assert "b/memory" not in numbers
+
+
+def test_a_round_that_came_near_the_capacity_counts_beside_what_the_edge_measured_in_it(run_file: Path) -> None:
+    """The line it measured foretells less than the round took, and the next round may take 5 percent more."""
+    _, method, fleet, server = made(run_file, "", "fleet.edges.b.training_memory_bytes=1GiB")
+    plan = method.configure(method.start(server, rng_for(0, 0, "start")), fleet.edges, server)[1]["b"]
+    update, near = {"calibration.16.bytes_token": 1.0}, int(0.97 * 2**30)
+    for took, measured, foretold, factor in (
+        (near, update, 0.8 * 2**30, 1.05 * near / (0.8 * 2**30)),
+        (near, {"calibration.4.bytes_token": 1.0}, 0.8 * 2**30, None),  # other bits, which will be planned by these
+        (int(0.95 * 2**30), update, 0.8 * 2**30, None),  # far enough
+        (near, update, 1.1 * 2**30, None),  # foretold already
+    ):
+        numbers: dict[str, float] = {}
+        beliefs.told("b", plan, took, measured, numbers, lambda _, found=foretold: found)
+        assert numbers.get("b/memory") == (factor and pytest.approx(factor))
+
+
+def test_what_is_foretold_of_a_plan_is_what_it_was_planned_with(run_file: Path) -> None:
+    _, method, fleet, server = made(run_file, "", "fleet.edges.b.training_memory_bytes=1GiB")
+    state = method.start(server, rng_for(0, 0, "start"))
+    for numbers in ({}, {"b/memory": 1.5}):
+        plan = method.configure(Message(state.tensors, {**state.numbers, **numbers}), fleet.edges, server)[1]["b"]
+        found = method.foretold({**state.numbers, **numbers}, server, plan)
+        assert found == pytest.approx(plan.memory_bytes, rel=1e-3)  # a plan counts whole bytes
 
 
 @pytest.mark.parametrize("took", [0, 1, 2**40])

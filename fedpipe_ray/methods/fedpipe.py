@@ -142,6 +142,11 @@ class FedPipe(LoraMethod):
             ))  # fmt: skip
         return found
 
+    def foretold(self, numbers: Mapping[str, float], server: Site, plan: EdgePlan) -> float:
+        """Bytes that a plan takes by what is known now."""
+        (demand,) = self.demands(Message({}, numbers), {plan.edge: server.run.fleet.edges[plan.edge]}, server)
+        return planning.memory_of(self.shape(server).keys, demand, plan)
+
     def told(self, edge: str) -> planning.Allocation:
         """What `plans` says of an edge. Raises ValueError if nothing."""
         if edge not in (self.plans or {}):
@@ -225,11 +230,10 @@ class FedPipe(LoraMethod):
         if self.join == "increment":
             shapes = {name: tuple(tensor.shape) for name, tensor in state.tensors.items() if ".lora_" in name}
             fresh = lora.initial(shapes, torch.Generator().manual_seed(int(rng.integers(2**63))))
-        score = float(round % self.refresh_every == 0)
         return {
             edge: Message(
                 part_of(state.tensors, found.ranks, self.join, fresh),
-                {**self.order_numbers(found, state, server), "score": score},
+                {**self.order_numbers(found, state, server), "score": float(round % self.refresh_every == 0)},
             )
             for edge, found in plans.items()
         }
@@ -263,13 +267,11 @@ class FedPipe(LoraMethod):
 
     def first_bits(self, site: Site) -> int:
         """The most that its base may have and its capacity holds, before any plan."""
-        allowed = sorted(self.bits or [16, 8, 4], reverse=True)
-        if site.profile.capacity_bytes == math.inf:
+        allowed, capacity = sorted(self.bits or [16, 8, 4], reverse=True), site.profile.capacity_bytes
+        if capacity == math.inf:
             return allowed[0]
         model, classifier = site.bare(), site.task == "classification"
-        return next(
-            (q for q in allowed if base_bytes(model, q, classifier) <= site.profile.capacity_bytes), allowed[-1]
-        )
+        return next((q for q in allowed if base_bytes(model, q, classifier) <= capacity), allowed[-1])
 
     def local_update(self, order: Message, site: Site, rng: np.random.Generator) -> Message:
         """The trained factors, facts about the rows, and every candidate's score where the order asks for it."""
@@ -335,7 +337,8 @@ class FedPipe(LoraMethod):
             updates[report.edge], samples[report.edge] = message, report.weight
             learn(report.edge, message.numbers, numbers)
             plan, took = server.memo.get("plans", {}).get(report.edge), report.cost.training_memory_bytes
-            beliefs.told(report.edge, plan, took, message.numbers, numbers)
+            foretold = partial(self.foretold, numbers, server)
+            beliefs.told(report.edge, plan, took, message.numbers, numbers, foretold)
         if overfull:
             edges = {edge: server.run.fleet.edges[edge] for edge in asked}
             numbers |= self.corrections(state, edges, overfull, server)

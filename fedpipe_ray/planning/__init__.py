@@ -21,7 +21,7 @@ from .best import best
 from .exact import exact
 from .given import Allocation, given, solution
 from .greedy import greedy, uniform
-from .problem import GAINS, RANKS, Array, Choice, Demand, EdgePlan, Key, Problem, count_steps
+from .problem import GAINS, RANKS, Array, Choice, Demand, EdgePlan, Key, Problem, count_steps, memory_of
 
 __all__ = [
     "GAINS",
@@ -39,6 +39,7 @@ __all__ = [
     "given",
     "greedy",
     "median_deadline",
+    "memory_of",
     "plan",
     "search_deadline",
     "solution",

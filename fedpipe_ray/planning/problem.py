@@ -201,6 +201,13 @@ class Problem:
         )
 
 
+def memory_of(keys: Sequence[Key], demand: Demand, plan: EdgePlan) -> float:
+    """Bytes of a plan by another demand of its edge, one that has its choice of bits, batch and depth."""
+    of = next(c for c in demand.choices if (c.bits, c.batch, c.depth) == (plan.bits, plan.batch, plan.depth))
+    rank = np.array([plan.ranks.get(key.name, 0) for key in keys], float)
+    return of.memory_bytes + float(of.memory_bytes_rank @ rank + of.memory_bytes_key @ (rank > 0))
+
+
 def _check(keys: Sequence[Key], demand: Demand, scores: Array, deadline: float, lam: float, gain: str) -> None:
     costs = ("step_seconds_rank", "step_seconds_key", "memory_bytes_rank", "memory_bytes_key")
     arrays = {f"choice {i}: {name}": getattr(c, name) for i, c in enumerate(demand.choices) for name in costs}
