@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -119,10 +120,10 @@ def done(
             return dict(json.loads(line))
     out = CACHE / key
     command = [sys.executable, "-m", "fedpipe_ray"]
-    if (out / "checkpoint").is_dir():
+    if (out / "checkpoint").is_dir() and not (out / "summary.json").exists():
         command += ["resume", str(out)]
     else:
-        subprocess.run(["rm", "-rf", str(out)], check=True)
+        shutil.rmtree(out, ignore_errors=True)
         command += ["run", example, *settings, "--out", str(out)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if ended.returncode:
