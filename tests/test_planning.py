@@ -256,6 +256,17 @@ def test_search_deadline_by_hand() -> None:
         assert search_deadline(plans, samples, points=3)[0] == pytest.approx(earliest)
 
 
+def test_a_round_that_waits_for_an_edge_is_filled_by_the_others() -> None:
+    """Steps of 1 s and 8 s, of which the slow edge must do 5: 40 s, where 20 samples are done after 10 or 20."""
+    edges = [
+        demand([choice(step_seconds=1.0)], edge="fast", min_steps=1, max_steps=99),
+        demand([choice(step_seconds=8.0)], edge="slow", min_steps=5, max_steps=99),
+    ]
+    deadline, plans = search_deadline(lambda deadline: plan([A, B], edges, np.ones(2), deadline, "best"), 20)
+    assert deadline == plans["slow"].seconds == pytest.approx(40)
+    assert {name: one.steps for name, one in plans.items()} == {"fast": 40, "slow": 5}
+
+
 @pytest.mark.parametrize("solver", ["best", "greedy"])
 def test_search_deadline_among_plans(solver: str) -> None:
     """Steps of 1 s and 8 s after 2 s, 10 planned, 20 at most: 12 and 82 planned seconds, of which 7 points.

@@ -84,7 +84,8 @@ def plan(
 def search_deadline(
     plans: Callable[[float], Mapping[str, EdgePlan]], samples: float = math.inf, points: int = 16
 ) -> tuple[float, Mapping[str, EdgePlan]]:
-    """The earliest deadline in seconds by which the fleet trains on `samples`, and its plans.
+    """The earliest deadline in seconds by which the fleet trains on `samples`, and its plans; the end of its last edge
+    where one cannot be in time, so that the others use the round that they wait for anyway.
 
     Where none does, the one with most samples a second of round, the earliest of equals. Ours: on a geometric grid of
     `points` between the fastest and the slowest edge's planned seconds. Samples a second alone would lead filled steps
@@ -97,8 +98,12 @@ def search_deadline(
     for deadline in dict.fromkeys(grid):
         tried.append((deadline, plans(deadline)))
         if sum(one.steps * one.batch for one in tried[-1][1].values()) >= samples:
-            return tried[-1]
-    return max(tried, key=lambda one: _samples_per_second(one[1]))
+            break
+    else:
+        tried.append(max(tried, key=lambda one: _samples_per_second(one[1])))
+    deadline, found = tried[-1]
+    last = max(one.seconds for one in found.values())
+    return (deadline, found) if last <= 1.001 * deadline else (last, plans(last))
 
 
 def median_deadline(plans: Callable[[float], Mapping[str, EdgePlan]]) -> float:
