@@ -23,6 +23,8 @@ from .given import Allocation, given, solution
 from .greedy import greedy, uniform
 from .problem import GAINS, RANKS, Array, Choice, Demand, EdgePlan, Key, Problem, count_steps, memory_of
 
+LATER = 4  # how often a deadline may move to the end of the last edge, whose ranks may grow with it
+
 __all__ = [
     "GAINS",
     "RANKS",
@@ -102,8 +104,12 @@ def search_deadline(
     else:
         tried.append(max(tried, key=lambda one: _samples_per_second(one[1])))
     deadline, found = tried[-1]
-    last = max(one.seconds for one in found.values())
-    return (deadline, found) if last <= 1.001 * deadline else (last, plans(last))
+    for _ in range(LATER):
+        last = max(one.seconds for one in found.values())
+        if last <= 1.001 * deadline:
+            break
+        deadline, found = last, plans(last)
+    return deadline, found
 
 
 def median_deadline(plans: Callable[[float], Mapping[str, EdgePlan]]) -> float:
