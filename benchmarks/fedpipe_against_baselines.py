@@ -278,10 +278,10 @@ def main() -> None:
     print(f"mean over slowest speed, the ceiling: {ceiling:.2f}", flush=True)
     name = "fedpipe_against_baselines" + ("_quick" if options.quick else "")
     kept = RESULTS / f"{name}.json"
-    rows: list[dict[str, Any]] = json.loads(kept.read_text())["rows"] if kept.exists() else []
     for task in options.tasks:
         found = compare(task, options)
         again = {row["arm"] for row in found}
+        rows = json.loads(kept.read_text())["rows"] if kept.exists() else []  # another may have published meanwhile
         rows = [row for row in rows if row["task"] != task or row["arm"] not in again] + found
         publish(
             name, "FedPipe against its baselines, equal virtual time, validation rows", rows, seeds=options.seeds,
