@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from refusals import assert_refused
-from runs import ROOT, fedpipe, load
-from transformers import AutoTokenizer
-
-from fedpipe_ray.errors import Interrupted
-from fedpipe_ray.model import load_tokenizer
+from runs import ROOT, fedpipe
 
 Refuse = Callable[..., str]
 
@@ -347,12 +342,3 @@ def test_out_cannot_be_written(place: str, capsys: pytest.CaptureFixture[str], r
     says = f"cannot write to {out}: ... give another folder with --out"
     assert_refused(capsys, "run", run_file, "--out", out, says=says)
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_stop_while_a_model_loads_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch, run_file: Path) -> None:
-    def stopped(*_: object, **__: object) -> None:
-        raise Interrupted(signal.SIGTERM)
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", stopped)
-    with pytest.raises(Interrupted):
-        load_tokenizer(load(run_file).model)

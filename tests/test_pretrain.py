@@ -1,5 +1,6 @@
 """builtin:tiny-llama on a model of 5 steps and a corpus of 60 files, both made for the test."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedpipe_ray import pretrain
 from fedpipe_ray.data.docstrings import PROMPT, RESPONSE
+from fedpipe_ray.errors import Interrupted
 from fedpipe_ray.model import load_tokenizer
 from fedpipe_ray.pretrain import Muon, Recipe, builtin_model, packed, pretrained, recipe_hash, train_tokenizer
 from fedpipe_ray.settings import Model
@@ -65,6 +67,15 @@ def test_the_tokenizer_is_there_before_the_model(cache: Path, monkeypatch: pytes
     text = "Count the words between a and b."
     assert alone(text)["input_ids"] == saved(text)["input_ids"]
     assert (alone.eos_token_id, alone.pad_token_id) == (saved.eos_token_id, saved.pad_token_id)
+
+
+def test_a_stop_while_a_model_loads_is_no_fault_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", stopped)
+    with pytest.raises(Interrupted):
+        load_tokenizer(Model(name="."))
 
 
 def test_the_folder_loads_as_any_model_does(cache: Path) -> None:
