@@ -10,7 +10,7 @@ import pytest
 import torch
 from fedpipe_made import made
 
-from fedpipe_ray import beliefs
+from fedpipe_ray import beliefs, edge_plans
 from fedpipe_ray.costs import Cost
 from fedpipe_ray.errors import AllEdgesLost, UserError
 from fedpipe_ray.fleet import SerialFleet
@@ -101,7 +101,7 @@ def test_what_is_foretold_of_a_plan_is_what_it_was_planned_with(run_file: Path) 
     state = method.start(server, rng_for(0, 0, "start"))
     for numbers in ({}, {"b/memory": 1.5}):
         plan = method.configure(Message(state.tensors, {**state.numbers, **numbers}), fleet.edges, server)[1]["b"]
-        found = method.foretold({**state.numbers, **numbers}, server, plan)
+        found = edge_plans.foretold(method, {**state.numbers, **numbers}, server, plan)
         assert found == pytest.approx(plan.memory_bytes, rel=1e-3)  # a plan counts whole bytes
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from fedpipe_ray import edge_plans
 from fedpipe_ray.config import to_yaml
 from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
@@ -119,7 +120,7 @@ def survey(
     if not options.memory_from_profiles:
         demands = [dataclasses.replace(one, capacity_bytes=math.inf) for one in demands]
     facts = facts_of(edges, state.numbers, run.data.max_length)
-    scores = method.scores(state, facts, server)
+    scores = edge_plans.scores(method, state.numbers, facts, server)
     surrogate = Surrogate(
         shape.keys, demands, scores, edges, Budget(options.latency, options.bytes), lam=method.of("penalty"),
         steps=method.of("steps"), rank=method.rank, sent=DTYPES[run.wire.dtype].itemsize,

@@ -17,19 +17,18 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from fedpipe_ray import beliefs, lora, planning
+from fedpipe_ray import beliefs, edge_plans, lora, planning
 from fedpipe_ray.attention import attention_of
 from fedpipe_ray.calibrate import fitted
-from fedpipe_ray.demands import Shape, base_bytes, demand_of, shape_of
-from fedpipe_ray.errors import UserError
-from fedpipe_ray.facts import CALIBRATION, Facts, calibrations_of, facts_here, facts_of, learn, protected, scores_of
+from fedpipe_ray.demands import Shape, base_bytes, shape_of
+from fedpipe_ray.facts import CALIBRATION, calibrations_of, facts_here, learn
 from fedpipe_ray.message import Message
 from fedpipe_ray.partial import TAIL, Join, joined, misfit, part_of, whole_of
 from fedpipe_ray.planning import EdgePlan
@@ -37,7 +36,6 @@ from fedpipe_ray.probe import probe, ranks_of
 from fedpipe_ray.report import OUT_OF_MEMORY, Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.survey import surveyed
-from fedpipe_ray.train import steps_of
 
 from .base import LoraMethod, Weights, arrivals
 
@@ -125,78 +123,13 @@ class FedPipe(LoraMethod):
 
     def demands(self, state: Message, edges: Mapping[str, Profile], server: Site) -> list[planning.Demand]:
         """What every edge may do, by what it told."""
-        shape, local = self.shape(server), server.run.local
-        facts = facts_of(edges, state.numbers, server.run.data.max_length)
-        depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if self.depth else [])]
-        found = []
-        for edge, profile in edges.items():
-            planned = steps_of(local, facts[edge].rows)
-            floor = protected(planned, facts[edge].share, len(edges))
-            found.append(demand_of(
-                edge, profile, shape, facts[edge], rank=self.rank, wire=server.run.wire.dtype, batch=local.batch,
-                bits=beliefs.bits_of(edge, self.bits or [16, 8, 4], state.numbers),
-                depths=[d for d in depths if d != 0], steps=planned, min_steps=floor,
-                max_steps=max(floor, math.ceil(self.step_ratio * planned)),
-                measured=calibrations_of(edge, state.numbers), real=server.run.fleet.clock == "real",
-                accumulate=local.accumulate, **beliefs.believed(edge, state.numbers),
-            ))  # fmt: skip
-        return found
-
-    def foretold(self, numbers: Mapping[str, float], server: Site, plan: EdgePlan) -> float:
-        """Bytes that a plan takes by what is known now."""
-        (demand,) = self.demands(Message({}, numbers), {plan.edge: server.run.fleet.edges[plan.edge]}, server)
-        return planning.memory_of(self.shape(server).keys, demand, plan)
-
-    def told(self, edge: str) -> planning.Allocation:
-        """What `plans` says of an edge. Raises ValueError if nothing."""
-        if edge not in (self.plans or {}):
-            raise ValueError(f"method.plans: nothing for edge {edge}; it has {', '.join(self.plans or {})}")
-        return (self.plans or {})[edge]
+        return edge_plans.demands(self, state.numbers, edges, server)
 
     def configure(
         self, state: Message, edges: Mapping[str, Profile], server: Site
     ) -> tuple[float, dict[str, EdgePlan]]:
         """(deadline in seconds of fleet.clock, plans of all edges). Raises UserError for an edge that nothing fits."""
-        shape, local = self.shape(server), server.run.local
-        facts = facts_of(edges, state.numbers, server.run.data.max_length)
-        scores, whole = self.scores(state, facts, server), self.demands(state, edges, server)
-        planned = {edge: steps_of(local, fact.rows) for edge, fact in facts.items()}
-        part = min(1.0, state.numbers.get("rounds", 0) / max(1, server.run.rounds - 1))  # of the run
-        share = self.communication * (1 + part) / 2
-
-        def plans(deadline: float, most: float = math.inf, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
-            demands = [replace(one, max_steps=max(one.min_steps, math.ceil(min(most, one.max_steps)))) for one in whole]
-            known: dict[str, Any] = {"steps": self.of("steps"), "lam": self.of("penalty")}
-            if self.plans is not None:
-                return {
-                    one.edge: planning.given(
-                        shape.keys, one, scores[one.edge], deadline, self.told(one.edge), **known,
-                        firm=not calibrations_of(one.edge, state.numbers),
-                    ) for one in demands
-                }  # fmt: skip
-            return planning.plan(shape.keys, demands, scores, deadline, solver, communication_share=share, **known)
-
-        def bounded(deadline: float, solver: str = self.of("solver")) -> dict[str, EdgePlan]:
-            fewest = min(found.steps * found.batch for found in plans(deadline, solver=solver).values())
-            return plans(deadline, self.step_ratio * fewest / local.batch, solver)
-
-        try:
-            deadline, quick = self.deadline_seconds, "greedy" if self.of("solver") == "exact" else self.of("solver")
-            if deadline is None and self.of("steps") == "equal":  # all do what is planned, whenever that ends
-                deadline = planning.median_deadline(partial(plans, solver=quick))
-            elif deadline is None:  # exact plans are a second each: the search does with greedy ones
-                rows = sum(planned.values()) * local.batch if self.of("steps") == "filled" else math.inf
-                deadline, _ = planning.search_deadline(partial(bounded, solver=quick), rows)
-            chosen = bounded(deadline)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if all(found.seconds > deadline * 1.001 for found in chosen.values()):
-            rates = ", ".join(f"{edge} {found.under_training:.0%}" for edge, found in chosen.items())
-            said = f"method.deadline_seconds: no edge meets {deadline:.3g} s; under-training rates: {rates}"
-            if server.memo.get("said") != said:
-                log.warning("%s; the best plan follows", said)
-            server.memo["said"] = said
-        return deadline, chosen
+        return edge_plans.configure(self, state.numbers, edges, server)
 
     def order_numbers(self, found: EdgePlan, state: Message, server: Site) -> dict[str, float]:
         """A plan's scalars, and whether the edge measures itself: not in these bits yet, on fewer rows or weights."""
@@ -212,13 +145,6 @@ class FedPipe(LoraMethod):
     def survey(self, fleet: Fleet, server: Site) -> tuple[float, dict[str, EdgePlan]]:
         """What `configure` gives once every edge has told its facts and scores; nothing is trained. UserError."""
         return self.configure(surveyed(self, fleet, server), fleet.edges, server)
-
-    def scores(self, state: Message, facts: Mapping[str, Facts], server: Site) -> dict[str, planning.Array]:
-        """Importance [keys] of every candidate by edge."""
-        return scores_of(
-            facts, state.numbers, self.shape(server).keys, scope=self.scope, tie=self.of("tie"),
-            plain=self.of("score") in ("gradient", "random"),
-        )  # fmt: skip
 
     def plan(
         self, state: Message, edges: Mapping[str, Profile], server: Site, round: int, rng: np.random.Generator
@@ -337,7 +263,7 @@ class FedPipe(LoraMethod):
             updates[report.edge], samples[report.edge] = message, report.weight
             learn(report.edge, message.numbers, numbers)
             plan, took = server.memo.get("plans", {}).get(report.edge), report.cost.training_memory_bytes
-            foretold = partial(self.foretold, numbers, server)
+            foretold = partial(edge_plans.foretold, self, numbers, server)
             beliefs.told(report.edge, plan, took, message.numbers, numbers, foretold)
         if overfull:
             edges = {edge: server.run.fleet.edges[edge] for edge in asked}
