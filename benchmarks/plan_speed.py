@@ -69,7 +69,7 @@ def of_a_round(**settings: Any) -> float:
     shape = Shape(
         tuple(replace(key, name=f"model.layers.{key.name}") for key in KEYS),
         tuple(int(2.2e8 * layer) for layer in range(LAYERS + 1)), int(7.5e9),
-        {bits: int(gib * 2**30) for bits, gib in BASE_GIB.items()}, 4e5, 0, 4 * WIDTH * 14336, 0,
+        {bits: int(gib * 2**30) for bits, gib in BASE_GIB.items()}, 4e5, 0, 4 * WIDTH * 14336, 0, 0,
     )  # fmt: skip
     rng = np.random.default_rng(SEED)
     edges = {

@@ -198,7 +198,7 @@ def fitted(
 
 def _random_batch(base: Base, spec: lora.LoraSpec, rows: int, length: int, units: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    size = int(base.model.config.vocab_size)
+    size = int(base.model.config.get_text_config().vocab_size)
     tokens = torch.randint(2, size, (rows, length), generator=generator)
     mask = torch.ones_like(tokens)
     if spec.task == "classification":

@@ -18,17 +18,19 @@ import numpy as np
 import torch
 
 from . import lora
-from .batches import collate, sums
+from .batches import autocast, collate, sums
 from .calibrate import Calibration
+from .codecs import make_codec
 from .costs import ADAM_BYTES, parameters_of, place
 from .facts import Facts
 from .message import DTYPES
 from .model import head_names, stored_bytes
 from .places import LAYER, kinds_of, layers_of
 from .planning import Choice, Demand, Key
-from .settings import Profile
+from .settings import Local, Profile, Run, Wire
 
 BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
+TOKENS = 64  # of a row that is looked at
 CONTEXT = 128 * 2**20  # bytes an uncalibrated CPU process may grow by whatever the model: scratch, arenas, mapped rows
 
 
@@ -38,7 +40,8 @@ class Shape:
 
     keys: candidate weights; below: [layers + 1] parameters in matrix products before each layer, then before the head;
     products: all of them; base_bytes by bits; activation_bytes a token that trains with every layer; vocabulary: width
-    of the logits; largest_bytes: of the largest linear weight, unpacked; context_bytes: of a process of any model.
+    of the logits; largest_bytes: of the largest linear weight, unpacked; context_bytes: whatever the batch;
+    whole: parameters that are trained and sent as they are, a classifier's head.
     """
 
     keys: tuple[Key, ...]
@@ -49,6 +52,7 @@ class Shape:
     vocabulary: int
     largest_bytes: int
     context_bytes: int
+    whole: int
 
     @property
     def layers(self) -> int:
@@ -72,11 +76,11 @@ def keys_of(model: Any, spec: lora.LoraSpec) -> tuple[Key, ...]:
     return tuple(Key(name, kinds[name], layers[name], pair["a"][1], pair["b"][0]) for name, pair in shapes.items())
 
 
-def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) -> Shape:
+def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, run: Run) -> Shape:
     """The shape of a model. skeleton: it with the adapter of `spec` on the meta device; base: it, loaded in 16 bits, or
-    without weights.
+    without weights; run: its task, and how it trains.
     """
-    keys = keys_of(skeleton, spec)
+    keys, classifier = keys_of(skeleton, spec), run.data.task == "classification"
     before: dict[int, int] = {}
     total, largest, whole = 0, 0, skeleton.get_base_model()
     for name, module in linears(whole):
@@ -86,11 +90,13 @@ def shape_of(skeleton: Any, base: Any, spec: lora.LoraSpec, classifier: bool) ->
         total += parameters_of(module)
         largest = max(largest, parameters_of(module))
     heads = sum(parameters_of(m) for n, m in linears(whole) if not LAYER.search(f".{n}."))
-    width = base.model.config.vocab_size if not classifier else 0
+    width = base.model.config.get_text_config().vocab_size if not classifier else 0
+    each, fixed = activation_bytes(base, spec, classifier, run.local)
     return Shape(
         keys, (*(before[layer] for layer in sorted(before)), total - heads), total,
         {bits: base_bytes(base.model, bits, classifier) for bits in (4, 8, 16)},
-        activation_bytes(base, spec, classifier), width, 4 * largest, CONTEXT if base.device.type == "cpu" else 0,
+        each, width, 4 * largest, int(fixed) + (CONTEXT if base.device.type == "cpu" else 0),
+        sum(p.numel() for name, p in lora.parameters(skeleton).items() if ".lora_" not in name),
     )  # fmt: skip
 
 
@@ -125,12 +131,30 @@ def base_bytes(model: Any, bits: int, classifier: bool) -> int:
     return whole
 
 
-def activation_bytes(base: Any, spec: lora.LoraSpec, classifier: bool, tokens: int = 64) -> float:
-    """Bytes a token that a forward pass keeps for the backward one, logits left out: counted, so that it repeats.
+def activation_bytes(base: Any, spec: lora.LoraSpec, classifier: bool, local: Local) -> tuple[float, float]:
+    """(bytes a token, bytes whatever the tokens) that a forward pass keeps for the backward one, logits left out.
 
-    A model without weights, on the meta device, gets a row without mask or labels, whose values could not be read.
+    Counted at two lengths, so that it repeats. Autocast keeps weights in its own type. With checkpointing a layer's
+    inputs are kept, and all that one layer keeps when it is computed again. A model on the meta device gets a row
+    without mask or labels, whose values could not be read, and no autocast.
     """
     model = lora.attach(base, spec)
+    tokens = max(2, min(TOKENS, (getattr(base.model.config, "max_position_embeddings", None) or 2 * TOKENS) // 2))
+    half, whole = (_kept_bytes(model, base, classifier, local.precision, n) for n in (tokens // 2, tokens))
+    each = (whole - half) / (tokens - tokens // 2)
+    fixed = max(0.0, whole - each * tokens)
+    if local.checkpointing:
+        layers, wide = (
+            max((key.layer for key in keys_of(model, spec)), default=0) + 1,
+            base.model.get_input_embeddings(),
+        )
+        inputs = layers * wide.weight.shape[1] * wide.weight.element_size()
+        return min(each, each / layers + inputs), fixed / layers
+    return each, fixed
+
+
+def _kept_bytes(model: Any, base: Any, classifier: bool, precision: str, tokens: int) -> int:
+    """Bytes that a forward pass over a row of so many tokens keeps as it trains."""
     empty = next(model.parameters()).is_meta
     own = {place(p) for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
@@ -142,19 +166,18 @@ def activation_bytes(base: Any, spec: lora.LoraSpec, classifier: bool, tokens: i
             alive.append(tensor)  # or its address could be given to another
         return tensor
 
-    limit = getattr(base.model.config, "max_position_embeddings", tokens) or tokens
-    length = min(tokens, limit)
-    batch = collate(_OneRow(length, classifier), [0], base.pad_id, classifier)
+    batch = collate(_OneRow(tokens, classifier), [0], base.pad_id, classifier)
     model.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             if empty:
                 model(input_ids=batch.tokens.to("meta"))
             else:
-                sums(model, batch, base.device)
+                with autocast(base.device, precision):
+                    sums(model, batch, base.device)
     finally:
         model.eval()
-    return sum(kept.values()) / length
+    return sum(kept.values())
 
 
 @dataclass(frozen=True)
@@ -177,16 +200,17 @@ class _OneRow:
 
 
 def demand_of(
-    edge: str, profile: Profile, shape: Shape, facts: Facts, *, rank: int, wire: str, bits: Sequence[int], batch: int,
-    depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int, accumulate: int = 1,
-    correction: float = 1.0, capacity_bytes: float = math.inf,
+    edge: str, profile: Profile, shape: Shape, facts: Facts, *, rank: int, wire: Wire, bits: Sequence[int], batch: int,
+    depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int, accumulate: int = 1, probed: int = 0,
+    correction: float = 1.0, capacity_bytes: float = math.inf, limit_seconds: float = math.inf,
     measured: Mapping[int, Calibration] = MappingProxyType({}), real: bool = False,
 ) -> Demand:  # fmt: skip
     """What `edge` may do. rank: of the global adapter, whose whole acts on the edge; batch: the largest.
 
-    accumulate: parts of a batch that are in memory one at a time. correction: measured over predicted memory of a round
-    that ran out of it, at least 1; never so much that nothing is left to try. capacity_bytes: beside the profile's.
-    measured: calibrations by bits: where there is one, memory comes from it, and with `real` the seconds of all bits.
+    accumulate: parts of a batch that are in memory one at a time. probed: steps of the largest batch beside the trained
+    ones. correction: measured over predicted memory of a round that ran out of it, at least 1. capacity_bytes: beside
+    the profile's. measured: calibrations by bits: where there is one, memory comes from it, and with `real` the seconds
+    of all bits. Neither leaves nothing to try.
     """
     width = shape.width
     sizes = sorted({*[2**power for power in range(int(math.log2(batch)) + 1)], batch}, reverse=True)
@@ -199,17 +223,31 @@ def demand_of(
         choices.append(Choice(q, b, depth, seconds, each * width, none, held, ADAM_BYTES * width, none))
     capacity = min(profile.capacity_bytes, capacity_bytes)
     least = min(choice.memory_bytes + choice.memory_bytes_rank.min() for choice in choices)
-    correction = min(correction, max(1.0, (capacity - 2) / least))  # the planner counts whole bytes
+    left = (capacity - 2) / least  # the planner counts whole bytes
+    correction = min(correction, left if measured else max(1.0, left))
     choices = [
         replace(one, memory_bytes=correction * one.memory_bytes, memory_bytes_rank=correction * one.memory_bytes_rank)
         for one in choices
     ]
-    sent = DTYPES[wire].itemsize
-    fixed = 2 * profile.latency_seconds + 8 * sent * rank * float(width.sum()) / profile.downlink_bps
+    sent, up = DTYPES[wire.dtype].itemsize, upload_bytes(shape.keys, rank, wire)
+    head = shape.whole * up.sum() / width.sum()  # bytes of it on their way up
+    fixed = 2 * profile.latency_seconds + 8 * sent * (rank * float(width.sum()) + shape.whole) / profile.downlink_bps
+    fixed += 8 * head / profile.uplink_bps + probed * choices[0].step_seconds
     return Demand(
-        edge, choices, capacity, fixed, 8 * sent * width / profile.uplink_bps,
-        facts.rows, steps, min_steps, max_steps, batch, rank,
+        edge, choices, capacity, fixed, 8 * up / profile.uplink_bps, facts.rows, steps, min_steps, max_steps, batch,
+        rank, limit_seconds, shape.layers,
     )  # fmt: skip
+
+
+def upload_bytes(keys: Sequence[Key], rank: int, wire: Wire) -> np.ndarray[Any, Any]:
+    """[keys] bytes that a unit of rank on each weight takes in an update, after wire.codec; counted at `rank`."""
+    dtype, codec = DTYPES[wire.dtype], make_codec(wire.codec) if wire.codec else None
+
+    def sent(*shape: int) -> int:
+        parts = codec.sizes(shape, dtype).values() if codec else [(dtype, math.prod(shape))]
+        return sum(kind.itemsize * count for kind, count in parts)
+
+    return np.array([(sent(rank, key.d_in) + sent(key.d_out, rank)) / rank for key in keys])
 
 
 def _nearest(bits: int, measured: Mapping[int, Calibration]) -> Calibration | None:
@@ -243,4 +281,5 @@ def _bytes(
     logits = 3 * 4 * rows * facts.terms * shape.vocabulary
     unpacked = shape.largest_bytes if bits != 16 else 0
     held = shape.context_bytes + shape.base_bytes[bits] + 4 * rank * float(shape.width.sum()) + logits + unpacked
+    held += (4 + ADAM_BYTES) * shape.whole
     return held + tokens * shape.activation_bytes

@@ -235,20 +235,21 @@ def view_of(metrics: Mapping[str, float], view: str) -> dict[str, float]:
 def plan_table(deadline: float, plans: Mapping[str, EdgePlan]) -> Table:
     """What each edge is given. weights: how many are adapted, of which kinds; seconds: of a round, on fleet.clock."""
     title = f"plan of the first round: at most {deadline:.3g} s"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
-    for name in (
-        "edge", "bits", "batch", "steps", "ranks", "weights", "seconds", "MiB of", "capacity", "under-trained"
-    ):  # fmt: skip
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", caption_justify="left")
+    for name in ("edge", "bits", "batch", "steps", "ranks", "weights", "seconds", "MiB", "under-\ntrained"):
         table.add_column(name, justify="left" if name in ("edge", "weights") else "right", overflow="fold")
-    kinds_by_name = kinds_of({name: None for plan in plans.values() for name in plan.ranks})
+    kind_of = kinds_of({name: None for plan in plans.values() for name in plan.ranks})
+    kinds = {edge: Counter(kind_of[name] for name in plan.ranks) for edge, plan in plans.items()}
+    words = {edge: " ".join(f"{count} {kind}" for kind, count in found.items()) for edge, found in kinds.items()}
+    if len(set(words.values())) == 1:  # said once
+        table.caption = f"weights of every edge: {next(iter(words.values()))}"
+        words = {edge: str(found.total()) for edge, found in kinds.items()}
     for edge, plan in plans.items():
         ranks = sorted(set(plan.ranks.values()))
-        kinds = Counter(kinds_by_name[name] for name in plan.ranks)
+        limit = "" if math.isinf(plan.capacity_bytes) else f" of {plan.capacity_bytes / 2**20:.0f}"
         table.add_row(
             edge, str(plan.bits), str(plan.batch), str(plan.steps), "-".join(map(str, ranks[:1] + ranks[1:][-1:])),
-            " ".join(f"{kind} {count}" for kind, count in kinds.items()), number(plan.seconds, 2),
-            f"{plan.memory_bytes / 2**20:.1f}",
-            "none" if math.isinf(plan.capacity_bytes) else f"{plan.capacity_bytes / 2**20:.1f}",
+            words[edge], number(plan.seconds, 2), f"{plan.memory_bytes / 2**20:.0f}{limit}",
             f"{plan.under_training:.0%}",
         )  # fmt: skip
     return table

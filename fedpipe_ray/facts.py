@@ -75,24 +75,27 @@ def smoothed(edge: str, numbers: Mapping[str, float], names: Collection[str]) ->
 
 
 def facts_of(edges: Iterable[str], numbers: Mapping[str, float], longest: int) -> dict[str, Facts]:
-    """What is known of each edge; of one that has told nothing yet, rows of full length and a fair share."""
+    """What is known of each edge; of one that has told nothing yet, rows of full length and a fair share.
+
+    Shares are of the edges that have told, and all of them together hold as much as so many fair shares.
+    """
     classes: dict[str, dict[str, float]] = {edge: {} for edge in edges}
     for name, count in numbers.items():
         edge, told, label = name.rpartition(f"/{CLASS}")
         if told and edge in classes:
             classes[edge][label] = count
-    held = {edge: counts or {"all": numbers.get(f"{edge}/rows", 0.0)} for edge, counts in classes.items()}
+    rows = {edge: numbers[f"{edge}/rows"] for edge in classes if f"{edge}/rows" in numbers}
+    held = {edge: classes[edge] or {"all": count} for edge, count in rows.items()}
     whole: dict[str, float] = {}
     for counts in held.values():
         for label, count in counts.items():
             whole[label] = whole.get(label, 0.0) + count
     found = {}
-    for edge, counts in held.items():
-        parts = [count / whole[label] for label, count in counts.items() if whole[label]]
-        rows = numbers.get(f"{edge}/rows")
-        share = math.fsum(parts) / len(whole) if rows is not None and parts else 1 / len(held)
+    for edge in classes:
+        parts = [count / whole[label] for label, count in held.get(edge, {}).items() if whole[label]]
+        share = math.fsum(parts) / len(whole) * (len(held) / len(classes)) if parts else 1 / len(classes)
         tokens, most, terms = (numbers.get(f"{edge}/{name}", longest) for name in ("tokens", "longest", "terms"))
-        found[edge] = Facts(int(rows or 0), tokens, int(most), terms, share)
+        found[edge] = Facts(int(rows.get(edge, 0)), tokens, int(most), terms, share)
     return found
 
 

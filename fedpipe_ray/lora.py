@@ -90,6 +90,13 @@ def linear_names(model: Any) -> list[str]:
     )
 
 
+def linear_targets(model: Any, spec: LoraSpec) -> tuple[str, ...]:
+    """The linear layers of `all-linear` by name where PEFT adapts others with them: routers, experts as one tensor."""
+    if all(parameter.ndim < 3 for parameter in model.parameters()):
+        return ("all-linear",)
+    return tuple(n for n, part in layers(inject(model, spec)) if type(part.get_base_layer()).__name__ in LINEAR)
+
+
 def inject(model: Any, spec: LoraSpec) -> Any:
     """A PeftModel around `model` (also on the meta device). Raises UserError for a target that is not there."""
     names = [name for name, _ in model.named_modules()]

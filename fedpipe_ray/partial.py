@@ -90,6 +90,8 @@ def joined(
         pairs = [(updates[edge].tensors[name_b], updates[edge].tensors[name_a]) for edge in trained]
         found = (state[name_b], state[name_a])  # [d_out, R], [R, d_in]
         weights = [shares[edge] for edge in trained]
+        if join in ("pad", "truncate") and sum(weights) < 1 - 1e-9:  # of a mean, no change is what there was
+            pairs, weights = [*pairs, found], [*weights, 1 - sum(weights)]
         if join == "pad":
             tensors[name_b], tensors[name_a] = stacking.pad(pairs, weights, rank)
             exact = stacking.concatenate(pairs, weights)

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 BATCHES = 2  # a prototype saw rank correlations of .95-.97 between edges from one or two
 STEPS = 3
+TRAINED = ("svd", "sensitivity", "sigma")  # read B A, and train the probes first
+
+
+def steps_of_probe(kind: str) -> int:
+    """What a scoring by `kind` costs, in batches that go forward and back."""
+    return BATCHES + (STEPS if kind in TRAINED else 0)
 
 
 def probe(
@@ -31,10 +37,11 @@ def probe(
     heads: a classifier's own layers; size: batch and accumulation.
     """
     model = attach(site, spec, acting, heads, rng)
-    if kind in ("svd", "sensitivity", "sigma"):
+    if kind in TRAINED:
         site.train(model, rng, steps=STEPS, epochs=None, **size)
-    gradients = site.gradients(model, rng, BATCHES, **size)
     tensors, numbers = lora.read(model), {}
+    seen = site.gradients(model, rng, BATCHES, **size)
+    gradients = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()} | seen  # where no loss reaches
     for name_a in (name for name in tensors if ".lora_A." in name):
         name_b = name_a.replace(".lora_A.", ".lora_B.")
         numbers[SCORE + lora.module_of(name_a)] = importance.score(

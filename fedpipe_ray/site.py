@@ -165,11 +165,11 @@ class Site:
     def train(
         self, model: Any, rng: np.random.Generator, objective: Objective = summed_loss,
         penalty: Callable[[], torch.Tensor] | None = None, rows: Rows | None = None,
-        correct: Callable[[], None] | None = None, /, **changes: Any,
+        correct: Callable[[], None] | None = None, /, warm: int | None = None, **changes: Any,
     ) -> None:  # fmt: skip
         """This round's local steps on `model`, measured; `changes` replace fields of the run's `local`.
 
-        objective, penalty, correct: as train.train has them. rows: others than this site's own for training.
+        objective, penalty, correct, warm: as train.train has them. rows: others than this site's own for training.
         """
         torch.set_num_threads(self.run.local.threads)  # on the server, too
         local = dataclasses.replace(self.run.local, **changes)
@@ -184,7 +184,7 @@ class Site:
         done = train(
             model, self.data.train if rows is None else rows, local, round=self.round, rounds=self.run.rounds, rng=rng,
             device=self.base.device, pad_id=self.base.pad_id, classifier=self.task == "classification",
-            on_step=on_step, objective=objective, penalty=penalty, correct=correct,
+            on_step=on_step, objective=objective, penalty=penalty, correct=correct, warm=warm,
         )  # fmt: skip
         self.train_loss = done.loss
         self.cost = dataclasses.replace(

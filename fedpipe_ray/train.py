@@ -44,11 +44,15 @@ def steps_of(local: Local, rows: int) -> int:
     return local.steps if local.steps is not None else 20
 
 
-def learning_rate(local: Local, step: int, total: int) -> float:
-    """Rate at global `step` of `total` over all rounds: linear warm-up, then the schedule down to lr_floor x lr."""
-    if step < local.warmup_steps:
-        return local.lr * (step + 1) / local.warmup_steps
-    progress = min(1.0, (step - local.warmup_steps) / max(1, total - local.warmup_steps))
+def learning_rate(local: Local, step: int, total: int, warm: int | None = None) -> float:
+    """Rate at global `step` of `total` over all rounds: linear warm-up, then the schedule down to lr_floor x lr.
+
+    warm: the step of the warm-up that this one is, where rounds differ in steps; by default `step`.
+    """
+    warm = step if warm is None else warm
+    if warm < local.warmup_steps:
+        return local.lr * (warm + 1) / local.warmup_steps
+    progress = min(1.0, max(0, step - local.warmup_steps) / max(1, total - local.warmup_steps))
     left = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[local.schedule]
     return local.lr * (local.lr_floor + (1 - local.lr_floor) * left) if local.schedule != "constant" else local.lr
 
@@ -73,14 +77,16 @@ def train(
     objective: Objective = summed_loss,
     penalty: Callable[[], torch.Tensor] | None = None,
     correct: Callable[[], None] | None = None,
+    warm: int | None = None,
 ) -> Trained:
     """Trains the parameters of `model` that require gradients for one round; the optimizer starts fresh every round.
 
     The gradient of a step is that of the mean over all its loss terms, however `accumulate` and a process group split
     the batch; tokens and loss are those of the whole batch on every process.
     penalty: added to that mean, its gradient too, but not to the losses that are told. correct: called before every
-    step; may read and change the gradients, which are whole and not yet clipped. on_step(step, steps, loss, tokens) is
-    called after every step. Raises DivergedError on a loss or gradient that is not finite.
+    step; may read and change the gradients, which are whole and not yet clipped. warm: steps of the warm-up that the
+    rounds before did, where they had not as many steps. on_step(step, steps, loss, tokens) is called after every step.
+    Raises DivergedError on a loss or gradient that is not finite.
     """
     steps = steps_of(local, len(rows))
     weights, (rank, ranks) = [p for p in model.parameters() if p.requires_grad], process_group()
@@ -94,7 +100,8 @@ def train(
         for step, drawn in enumerate(batches_of_like_length(rows, local.batch, steps, rng)):
             started = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(local, round * steps + step, rounds * steps)
+                at = None if warm is None else warm + step
+                group["lr"] = learning_rate(local, round * steps + step, rounds * steps, at)
             parts = np.array_split(drawn[rank::ranks], local.accumulate)  # strided: rows of a batch rise in length
             batches = [collate(rows, list(part), pad_id, classifier) for part in parts if len(part)]
             loss, terms, passed = backward(model, batches, objective, local.precision, device)

@@ -23,4 +23,4 @@ def made(run_file: Path, more: str = "", *overrides: str) -> tuple[Run, FedPipe,
     assert isinstance(method, FedPipe)
     fleet = SerialFleet(run, method)
     fleet.open()
-    return run, method, fleet, server_site(run, method, [])
+    return run, method, fleet, server_site(run, method, fleet.classes)

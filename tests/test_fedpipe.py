@@ -30,6 +30,7 @@ from fedpipe_ray.randomness import rng_for
 from fedpipe_ray.record import RunFolder
 from fedpipe_ray.report import Report
 from fedpipe_ray.run import server_site
+from fedpipe_ray.settings import Wire
 from fedpipe_ray.site import Site
 
 TOKENS = torch.tensor([[3, 9, 17, 5, 10], [4, 4, 11, 12, 8]])  # [rows, length]
@@ -218,13 +219,13 @@ def test_planned_seconds_are_those_that_the_clock_then_counts(run_file: Path, ra
     _, method, fleet, server = made(run_file)
     state, keys = random_state(method, server), method.shape(server).keys
     part = part_of(state.tensors, {key.name: rank for key in keys}, "stack", {})
-    numbers = {"bits": 16.0, "batch": 4.0, "steps": 5.0, "score": 0.0, "calibrate": 0.0}
+    numbers = {"bits": 16.0, "batch": 4.0, "steps": 5.0, "score": 0.0, "calibrate": 0.0, "warm": 0.0}
     (report,) = fleet.run({"a": Message(part, numbers)}, 0)
     assert isinstance(report, Report), report.traceback
     profile, cost = fleet.edges["a"], report.cost
     facts = facts_of({"a": profile}, {"a/tokens": cost.tokens / cost.samples}, server.run.data.max_length)["a"]
     (choice,) = demand_of(
-        "a", profile, method.shape(server), facts, rank=8, wire="float32", bits=[16], batch=1, depths=[None], steps=1,
+        "a", profile, method.shape(server), facts, rank=8, wire=Wire(), bits=[16], batch=1, depths=[None], steps=1,
         min_steps=1, max_steps=1,
     ).choices  # fmt: skip
     counted = (choice.step_seconds + rank * choice.step_seconds_rank.sum()) * profile.compute_flops * cost.samples

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,11 +28,13 @@ from fedpipe_ray import beliefs, edge_plans, lora, planning
 from fedpipe_ray.attention import attention_of
 from fedpipe_ray.calibrate import fitted
 from fedpipe_ray.demands import Shape, base_bytes, shape_of
+from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import CALIBRATION, calibrations_of, facts_here, learn
 from fedpipe_ray.message import Message
 from fedpipe_ray.partial import TAIL, Join, joined, misfit, part_of, whole_of
 from fedpipe_ray.planning import EdgePlan
 from fedpipe_ray.probe import probe, ranks_of
+from fedpipe_ray.ranks import check_linear
 from fedpipe_ray.report import OUT_OF_MEMORY, Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.survey import surveyed
@@ -109,7 +111,22 @@ class FedPipe(LoraMethod):
         if chosen is None and self.preset == "paper":
             chosen = attention_of(name for name, _ in site.bare().named_modules())
         targets = ("all-linear",) if chosen is None else (chosen,) if isinstance(chosen, str) else tuple(chosen)
-        return lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
+        spec = lora.LoraSpec(self.rank, self.alpha, targets, self.dropout, site.task)
+        if targets != ("all-linear",):
+            return spec
+        if "targets" not in site.memo:
+            site.memo["targets"] = lora.linear_targets(site.bare(), spec)
+        return replace(spec, targets=site.memo["targets"])
+
+    def check(self, site: Site) -> None:
+        """Raises UserError for targets that are no linear layers, and plans for other edges or of higher rank."""
+        check_linear(site, self.spec(site))
+        strange = sorted((self.plans or {}).keys() - site.run.fleet.edges.keys())
+        if strange:
+            raise UserError(f"method.plans: {', '.join(strange)}: no such edge in fleet.edges")
+        high = [edge for edge, plan in (self.plans or {}).items() if max(plan.ranks.values(), default=0) > self.rank]
+        if high:
+            raise UserError(f"method.plans: ranks of {', '.join(high)} are above method.rank, {self.rank}; raise it")
 
     # -- on the server: configuration
 
@@ -117,7 +134,7 @@ class FedPipe(LoraMethod):
         """The model as the planner sees it, worked out once a run."""
         if "shape" not in server.memo:
             spec = self.spec(server)
-            server.memo["shape"] = shape_of(server.skeleton(spec), server.base, spec, server.task == "classification")
+            server.memo["shape"] = shape_of(server.skeleton(spec), server.base, spec, server.run)
         shape: Shape = server.memo["shape"]
         return shape
 
@@ -132,7 +149,9 @@ class FedPipe(LoraMethod):
         return edge_plans.configure(self, state.numbers, edges, server)
 
     def order_numbers(self, found: EdgePlan, state: Message, server: Site) -> dict[str, float]:
-        """A plan's scalars, and whether the edge measures itself: not in these bits yet, on fewer rows or weights."""
+        """A plan's scalars, the edge's steps of the warm-up so far, whether it scores the weights, and whether it
+        measures itself: not in these bits yet, on fewer rows or weights.
+        """
         known = calibrations_of(found.edge, state.numbers).get(found.bits)
         longest = int(state.numbers.get(f"{found.edge}/longest", server.run.data.max_length))
         rows = math.ceil(found.batch / min(found.batch, server.run.local.accumulate))
@@ -140,6 +159,8 @@ class FedPipe(LoraMethod):
         needed = server.run.fleet.clock == "real" or found.capacity_bytes < math.inf
         return {
             "bits": found.bits, "batch": found.batch, "steps": found.steps, "calibrate": float(needed and far),
+            "warm": state.numbers.get(f"{found.edge}/warm", 0.0),
+            "score": float(edge_plans.due(self, found.edge, state.numbers, server)),
         }  # fmt: skip
 
     def survey(self, fleet: Fleet, server: Site) -> tuple[float, dict[str, EdgePlan]]:
@@ -159,7 +180,7 @@ class FedPipe(LoraMethod):
         return {
             edge: Message(
                 part_of(state.tensors, found.ranks, self.join, fresh),
-                {**self.order_numbers(found, state, server), "score": float(round % self.refresh_every == 0)},
+                self.order_numbers(found, state, server),
             )
             for edge, found in plans.items()
         }
@@ -209,9 +230,10 @@ class FedPipe(LoraMethod):
         trained = lora.LoraSpec.uneven(spec, ranks_of(own))
         frozen = lora.LoraSpec.uneven(spec, ranks_of(rest)) if rest else None
         numbers = {**facts_here(site), "bits": float(base.bits)}
-        if order.numbers["score"]:
+        if order.numbers["score"]:  # where memory counts a row at a time: candidates take more than what is trained
+            few = size if site.profile.capacity_bytes == math.inf else {**size, "accumulate": batch}
             heads = {name: tensor for name, tensor in own.items() if ".lora_" not in name}
-            numbers |= probe(site, spec, whole_of(order.tensors), heads, self.of("score"), size, rng)
+            numbers |= probe(site, spec, whole_of(order.tensors), heads, self.of("score"), few, rng)
         if order.numbers["calibrate"]:
             beside = frozen or (trained if self.join in ("stack", "increment") else None)  # later rounds have a tail
             found, size["accumulate"] = fitted(
@@ -226,7 +248,7 @@ class FedPipe(LoraMethod):
         if frozen is not None:
             lora.load(model, rest, frozen=True)
         before = site.cost
-        site.train(model, rng, steps=int(order.numbers["steps"]), epochs=None, **size)
+        site.train(model, rng, warm=int(order.numbers["warm"]), steps=int(order.numbers["steps"]), epochs=None, **size)
         numbers["tokens"] = (site.cost.tokens - before.tokens) / max(1, site.cost.samples - before.samples)
         return Message(lora.read(model), numbers)
 
@@ -260,8 +282,10 @@ class FedPipe(LoraMethod):
                 yield report
 
         for report, message in arrivals(noted(), partial(misfit, state=state.tensors)):
-            updates[report.edge], samples[report.edge] = message, report.weight
+            updates[report.edge], samples[report.edge] = message, message.numbers.get("rows", report.weight)
             learn(report.edge, message.numbers, numbers)
+            warm = numbers.get(f"{report.edge}/warm", 0.0) + report.cost.steps
+            numbers[f"{report.edge}/warm"] = min(float(server.run.local.warmup_steps), warm)
             plan, took = server.memo.get("plans", {}).get(report.edge), report.cost.training_memory_bytes
             foretold = partial(edge_plans.foretold, self, numbers, server)
             beliefs.told(report.edge, plan, took, message.numbers, numbers, foretold)

@@ -25,7 +25,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -99,7 +99,8 @@ class SLora(LoraMethod):
         where = self.places(site)
         model = sparse.attach(site.base, self.spec(site), where)
         sparse.load(model, order.tensors)
-        site.train(model, rng, **({} if self.sparse_lr is None else {"lr": self.sparse_lr}))
+        rate: dict[str, Any] = {} if self.sparse_lr is None else {"lr": self.sparse_lr}
+        site.train(model, rng, **rate)
         dense = 2.0 * site.cost.tokens * sum(math.prod(at.size) for at in where.values())  # the gradient of S
         site.cost = dataclasses.replace(site.cost, flops=site.cost.flops + dense)
         return Message(sparse.read(model))

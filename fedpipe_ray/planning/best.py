@@ -32,13 +32,13 @@ def best(
     """
     if not (0 < communication_share <= 1 and min_rank >= 1):
         raise ValueError(f"communication_share {communication_share} must be in (0, 1], min_rank {min_rank} at least 1")
-    edge = Problem(keys, demand, scores, deadline_seconds, lam, gain)
+    edge, min_rank = Problem(keys, demand, scores, deadline_seconds, lam, gain), min(min_rank, demand.max_rank)
     choices = demand.choices
     reference = max(demand.batch or math.inf, min(c.batch for c in choices))
     order = sorted(range(len(choices)), key=lambda q: (-choices[q].batch, -choices[q].bits))
     fewest = demand.steps if steps == "equal" else demand.min_steps
     least = [demand.fixed_seconds + edge.batches(fewest, c.batch) * c.step_seconds for c in choices]
-    budget = [communication_share * max(deadline_seconds, seconds) for seconds in least]
+    budget = [communication_share * min(max(deadline_seconds, seconds), demand.limit_seconds) for seconds in least]
     options = []  # one a depth, all layers first
     for depth in sorted({c.depth or math.inf for c in choices}, reverse=True):
         here = [q for q in order if (choices[q].depth or math.inf) == depth]

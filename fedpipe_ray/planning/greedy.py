@@ -39,7 +39,11 @@ def uniform(
     edge = Problem(keys, demand, scores, deadline_seconds, lam, gain)
     found = max(uniform_solutions(edge), key=worth)
     if found.worth[0] == -math.inf:
-        raise ValueError(f"edge {demand.edge}: rank 1 on all weights fits no choice; plan by another solver")
+        least = float((edge.memory[:, :, 1].sum(1) - edge.room).min())
+        raise ValueError(
+            f"edge {demand.edge}: rank 1 on all weights needs {(demand.capacity_bytes + least) / 2**30:.4g} GiB of "
+            f"{demand.capacity_bytes / 2**30:.4g} GiB; give it more memory, or plan by another solver"
+        )
     return edge.plan(found, steps)
 
 

@@ -56,7 +56,9 @@ class Demand:
 
     steps: planned ones. With `batch` they are batches of that size, and a smaller batch plans more of them for the same
     samples; without, they hold for every choice. min_steps and max_steps bound what a mode does, and mean batches of
-    that size as `steps` does. rows is for tables. max_rank: the largest that counts.
+    that size as `steps` does. rows is for tables. max_rank: the largest that counts. limit_seconds: a longer round is
+    lost, so not even min_steps are done beyond it. layers: of the model, for Choice.depth; None: up to the highest that
+    a key is in.
     """
 
     edge: str
@@ -70,6 +72,8 @@ class Demand:
     max_steps: int
     batch: int | None = None
     max_rank: int = RANKS[-1]
+    limit_seconds: float = math.inf
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ class Problem:
         self.start = demand.fixed_seconds + self.planned * np.array([c.step_seconds for c in choices])
         self.room = np.floor(demand.capacity_bytes) - np.ceil([c.memory_bytes for c in choices])
         layer = np.array([key.layer for key in keys])
-        self.allowed = np.array([layer > (-math.inf if c.depth is None else layer.max() - c.depth) for c in choices])
+        top = int(layer.max()) if demand.layers is None else demand.layers - 1
+        self.allowed = np.array([layer > (-math.inf if c.depth is None else top - c.depth) for c in choices])
         per_rank, per_key, bytes_rank, bytes_key = (
             np.array([getattr(c, name) for c in choices])[:, :, None]
             for name in ("step_seconds_rank", "step_seconds_key", "memory_bytes_rank", "memory_bytes_key")
@@ -139,15 +144,18 @@ class Problem:
         self._refuse_what_never_fits()
 
     def _refuse_what_never_fits(self) -> None:
-        need = np.where(self.allowed, self.memory[:, :, 1], np.inf).min(1) - self.room
+        some, need = self.allowed.any(1), np.full(len(self.room), np.inf)
+        least = np.where(self.allowed, self.memory[:, :, 1], np.inf).min(1)
+        need[some] = least[some] - self.room[some]
         self.can = need <= 0  # [choices] take one weight at rank 1
         if need.min() > 0:
             demand = self.demand
             smallest = demand.choices[int(need.argmin())]
+            fewer = ", allow fewer bits" if smallest.bits > 4 else ""
             raise ValueError(
                 f"edge {demand.edge}: rank 1 on one weight at {smallest.bits} bits and batch {smallest.batch} needs "
                 f"{(np.floor(demand.capacity_bytes) + need.min()) / 2**30:.4g} GiB of "
-                f"{demand.capacity_bytes / 2**30:.4g} GiB; give it more memory or a smaller model"
+                f"{demand.capacity_bytes / 2**30:.4g} GiB; give it more memory{fewer} or a smaller model"
             )
 
     def batches(self, steps: int, batch: int) -> int:
@@ -184,6 +192,7 @@ class Problem:
         other, step = self.round_seconds(found)
         planned = int(self.planned[found.choice])
         least, most = (self.batches(n, of.batch) for n in (demand.min_steps, demand.max_steps))
+        least = min(least, max(1, int(min(least, (demand.limit_seconds - other) / step))))
         steps = count_steps(mode, planned, least, most, (self.deadline - other) / step)
         return EdgePlan(
             edge=demand.edge,
