@@ -15,7 +15,7 @@ from fedpipe_ray import lora
 from fedpipe_ray.demands import activation_bytes, base_bytes
 from fedpipe_ray.frame import same_storage
 from fedpipe_ray.model import Base, load_tokenizer, stored_bytes
-from fedpipe_ray.settings import Model
+from fedpipe_ray.settings import Local, Model
 
 SPEC = lora.LoraSpec(4, 8.0, ("all-linear",), 0.0, "causal")
 
@@ -30,8 +30,10 @@ def test_bytes_are_those_of_the_loaded_model(model_dir: Path) -> None:
     assert stored_bytes(empty.model) == stored_bytes(loaded.model)
     for bits in (4, 8, 16):
         assert base_bytes(empty.model, bits, False) == base_bytes(loaded.model, bits, False)
-    real, bare = (activation_bytes(base, SPEC, False) for base in (loaded, empty))
+    real, bare = (activation_bytes(base, SPEC, False, Local())[0] for base in (loaded, empty))
     assert real <= bare <= 1.25 * real
+    checkpointed = activation_bytes(empty, SPEC, False, Local(checkpointing=True))[0]
+    assert checkpointed == bare / 2 + 2 * 32 * 4  # of two layers one, and both inputs
 
 
 def test_a_plan_needs_configuration_and_tokenizer_only(run_file: Path, tmp_path: Path, model_dir: Path) -> None:
