@@ -30,7 +30,7 @@ from .planning import Choice, Demand, Key
 from .settings import Local, Profile, Run, Wire
 
 BLOCK, NESTED = 64, 256  # weights an NF4 constant, constants a nested one
-TOKENS = 64  # of a row that is looked at
+TOKENS = 16  # of a row that is looked at; without weights attention keeps tokens squared
 CONTEXT = 128 * 2**20  # bytes an uncalibrated CPU process may grow by whatever the model: scratch, arenas, mapped rows
 
 
