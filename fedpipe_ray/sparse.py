@@ -28,6 +28,7 @@ from .randomness import rng_for
 if TYPE_CHECKING:
     from .site import Site
 
+DENSE = 128  # rows or columns up to which a dense SVD costs next to nothing
 PART = ".sparse"  # how the key of a module's entries ends; the module's name stands before it
 
 
@@ -110,19 +111,24 @@ def key_of(module: str) -> str:
 def nearest(at: Places, entries: torch.Tensor, rank: int, fill: torch.Tensor) -> stacking.Truncated:
     """The product of `rank` nearest to S, float64, with what it loses; free rows of a are fill's [any, d_in].
 
-    Lanczos on the sparse matrix; a dense SVD of a small one. The residual is exact: ||S||^2 - sum of the squares kept.
+    Lanczos on the rows and columns that have entries; a dense SVD of few of them, whose singular values are often equal
+    (AdamW's first step moves every entry by the rate): ARPACK then goes on from random vectors of its own. The residual
+    is exact: ||S||^2 - sum of the squares kept.
     """
-    m, n = at.size
     values, index = entries.double().numpy(), at.index.numpy()
-    matrix = scipy.sparse.csr_array((values, (index // n, index % n)), shape=at.size)
-    if min(m, n) <= 4 * rank or not values.any():
+    (rows, i), (columns, j) = (np.unique(x, return_inverse=True) for x in np.divmod(index, at.size[1]))
+    sides = len(rows), len(columns)
+    matrix = scipy.sparse.csr_array((values, (i, j)), shape=sides)
+    if not values.any():
+        u, s, vt = np.zeros((sides[0], 1)), np.zeros(1), np.zeros((1, sides[1]))
+    elif min(sides) <= max(4 * rank, DENSE):
         u, s, vt = scipy.linalg.svd(matrix.toarray(), full_matrices=False)
-    else:
-        start = np.ones(min(m, n)) / math.sqrt(min(m, n))  # ARPACK's own is random
-        u, s, vt = scipy.sparse.linalg.svds(matrix, k=rank, v0=start)
+    else:  # ARPACK's own start is random; one of ones is orthogonal to the best directions where rows have the sum 0
+        u, s, vt = scipy.sparse.linalg.svds(matrix, k=rank, v0=np.random.default_rng(0).standard_normal(min(sides)))
     order = np.argsort(-s, kind="stable")[:rank]
-    b, a = torch.from_numpy(u[:, order] * s[order]), torch.from_numpy(np.ascontiguousarray(vt[order]))
-    cut = stacking.low_rank(b, a, rank, fill=fill)
+    b, a = np.zeros((at.size[0], len(order))), np.zeros((len(order), at.size[1]))
+    b[rows], a[:, columns] = u[:, order] * s[order], vt[order]
+    cut = stacking.low_rank(torch.from_numpy(b), torch.from_numpy(a), rank, fill=fill)
     lost = math.sqrt(max(0.0, float(values @ values) - float(cut.singular.square().sum())))
     return stacking.Truncated(cut.b, cut.a, cut.singular, lost)
 

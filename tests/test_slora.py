@@ -80,8 +80,8 @@ def test_entries_get_the_gradient_of_the_weight_s_entries(checkpointing: bool, r
     rank=st.integers(1, 3), density=st.floats(0.01, 0.3), tall=st.booleans(), seed=st.integers(0, 999),
 )  # fmt: skip
 def test_the_nearest_product_is_the_dense_svd_s(rank: int, density: float, tall: bool, seed: int) -> None:
-    """40 x 60 for Lanczos, 12 x 9 dense: the product, and what it loses."""
-    size = (40, 60) if tall else (12, 9)
+    """150 x 140 for Lanczos, 12 x 9 dense: the product, and what it loses."""
+    size = (150, 140) if tall else (12, 9)
     draw = np.random.default_rng(seed)
     index = torch.from_numpy(np.sort(draw.choice(size[0] * size[1], max(1, int(density * size[0] * size[1])), False)))
     entries = torch.from_numpy(draw.standard_normal(len(index)))
@@ -94,6 +94,26 @@ def test_the_nearest_product_is_the_dense_svd_s(rank: int, density: float, tall:
     assert gap == pytest.approx(float(s[rank:].norm()), abs=1e-7)  # Eckart-Young: no product of the rank is nearer
     assert cut.residual == pytest.approx(gap, abs=1e-6)
     torch.testing.assert_close(cut.a @ cut.a.T, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_rows_of_sum_zero_have_a_nearest_product_too() -> None:
+    """+v and -v in each of 150 rows, so that S times a vector of ones is 0: where Lanczos must not start."""
+    draw = np.random.default_rng(0)
+    columns = np.sort([draw.choice(140, 2, replace=False) for _ in range(150)])
+    index = torch.from_numpy((140 * np.arange(150)[:, None] + columns).ravel())
+    entries = torch.from_numpy(np.outer(draw.standard_normal(150), [1.0, -1.0]).ravel())
+    dense = torch.zeros(150 * 140, dtype=torch.float64).index_copy_(0, index, entries).view(150, 140)
+    cut = sparse.nearest(Places((150, 140), index), entries, 3, torch.ones(0, 140))
+    assert float((dense - cut.b @ cut.a).norm()) == pytest.approx(float(torch.linalg.svdvals(dense)[3:].norm()))
+
+
+def test_equal_entries_give_the_same_bits_each_time() -> None:
+    """Ten ones in rows and columns of their own are ten equal singular values: any four of them are nearest."""
+    index, cuts = torch.arange(10) * 61, []
+    for _ in range(3):
+        cuts.append(sparse.nearest(Places((40, 60), index), torch.ones(10), 4, torch.ones(0, 60)))
+    assert cuts[0].residual == pytest.approx(6**0.5)
+    assert all(torch.equal(one.b, cuts[0].b) and torch.equal(one.a, cuts[0].a) for one in cuts)
 
 
 def test_nothing_learned_gives_a_fresh_adapter() -> None:
