@@ -154,7 +154,7 @@ def federate_buffered(
         used = watch(iter(arriving.values()), outcomes)
         before, state = state, method.aggregate(state, used, server, number, rng_for(seed, number, "aggregate"))
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
-        state, moments = optimized(method, server, before, state, moments, outcomes)
+        state, moments = optimized(method, server, number, before, state, moments, outcomes)
         del before, heard, arriving, used
         wall = time.perf_counter() - began
         evaluation = measured(fleet, state, number + 1, rounds, evaluate_every)

@@ -193,7 +193,7 @@ def federate(
         held.note(orders, outcomes)
         closed = closing(outcomes, used, deadline) + server.cost.virtual_seconds  # 0 unless a method puts it there
         outcomes = usable(outcomes, number, learned=state.numbers != before.numbers)
-        state, moments = optimized(method, server, before, state, moments, outcomes)
+        state, moments = optimized(method, server, number, before, state, moments, outcomes)
         plans = told(orders)
         del before, planned, orders, reports, arriving
         wall = time.perf_counter() - began
@@ -285,14 +285,15 @@ def usable(outcomes: Mapping[str, Report | Lost], round: int, *, learned: bool) 
 
 
 def optimized(
-    method: Method, server: Site, before: Message, after: Message, moments: Moments,
+    method: Method, server: Site, round: int, before: Message, after: Message, moments: Moments,
     outcomes: Mapping[str, Report | Lost],
 ) -> tuple[Message, Moments]:  # fmt: skip
     """(the next state, the next moments): what server.optimizer makes of a round, if it has a usable report."""
     how = server.run.server.optimizer
     if how is None or not any(isinstance(outcome, Report) for outcome in outcomes.values()):
         return after, moments
-    return stepped(before, after, moments, how, getattr(method, "aside", ()))
+    still = getattr(method, "still", lambda _: ())(round)
+    return stepped(before, after, moments, how, (*getattr(method, "aside", ()), *still))
 
 
 def watch(reports: Iterable[Report | Lost], outcomes: dict[str, Report | Lost]) -> Iterator[Report | Lost]:

@@ -12,6 +12,7 @@ from runs import assert_like, assert_same, here, manifest, opened_run, records
 
 from fedpipe_ray.loop import Start, federate
 from fedpipe_ray.methods import METHODS, method_class
+from fedpipe_ray.methods.base import as_sent
 from fedpipe_ray.record import RunFolder
 from fedpipe_ray.server_checks import UNFIT
 
@@ -50,15 +51,19 @@ def test_a_resumed_run_has_the_same_bits(run_file: Path, tmp_path: Path) -> None
         ("{name: fedkseed, seeds: 64, tau: 8, pro: true}", "history"),
     ],
 )  # fmt: skip
-def test_each_round_is_a_step_from_what_the_method_makes_of_it(method: str, stays: str, run_file: Path) -> None:
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_each_round_is_a_step_from_what_the_method_makes_of_it(
+    method: str, stays: str, wire: str, run_file: Path
+) -> None:
     """m = m / 2 + d and x + m / 2, of each tensor that the round changed; of others nothing but what the method did.
 
     stays: of some name that never steps.
     """
-    arguments = (f"method={method}", "local={steps: 1, batch: 2}", "fleet={ray: false, edges: {a: {}, b: {}}}")
+    edges = "fleet={ray: false, edges: {a: {}, b: {}}}"
+    arguments = (f"method={method}", "local={steps: 1, batch: 2}", edges, f"wire.dtype={wire}")
     fleet, how, plain, state = opened_run(run_file, *arguments)
     server = opened_run(run_file, *arguments, "server.optimizer={name: fedavgm, lr: 0.5, beta1: 0.5}")[2]
-    m, moments, still, aside = dict[str, torch.Tensor](), {}, set[str](), getattr(how, "aside", ())
+    m, moments, still, aside = dict[str, torch.Tensor](), {}, set[str](), [*getattr(how, "aside", ()), "seed"]
     for number in range(3):
         starts = Start(state, number), Start(state, number, moments=moments)
         both = zip((plain, server), starts, strict=True)
@@ -66,9 +71,11 @@ def test_each_round_is_a_step_from_what_the_method_makes_of_it(method: str, stay
             list(federate(how, fleet, one, rounds=number + 1, seed=0, evaluate_every=0, start=start))
             for one, start in both
         )
+        sent = as_sent(state, plain)
         for name, y in made.state.tensors.items():
             x, found = state.tensors.get(name), done.state.tensors[name]
-            if x is None or torch.equal(x, y) or any(fnmatchcase(name, one) for one in aside) or name == "seed":
+            same = x is None or torch.equal(x, y) or torch.equal(sent[name], y)
+            if same or any(fnmatchcase(name, one) for one in aside):
                 still.add(name)
                 assert torch.equal(found, y), name
                 continue

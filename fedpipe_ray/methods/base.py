@@ -134,7 +134,8 @@ class Method(Protocol):
     of their own; `changes` of the order's tensors of the same names; or of `entries` that mean the same in every round.
     averaging: whether `aggregate` is averaging.average, so that server.aggregator acts. pseudo_gradient: whether the
     state's tensors are numbers in one basis over all rounds, so that server.optimizer can act on their changes; aside:
-    patterns of the names of those that are not. A tensor that a round does not touch is the same object in both states.
+    patterns of the names of those that are not. A tensor that a round does not touch is the same object in both states;
+    where rounding to wire.dtype makes another one of it, still(round), if a method has that, names it by patterns.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]

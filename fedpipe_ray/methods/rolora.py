@@ -93,6 +93,10 @@ class RoLora(LoraMethod):
         mean = factors.exact_mean(factors.without(sent, frozen(round)), reports, self.rank_of)
         return state if mean is None else Message({**sent, **mean}, {**state.numbers, "residual": 0.0})
 
+    def still(self, round: int) -> tuple[str, ...]:
+        """Patterns of the names of the frozen factor, which server.optimizer leaves alone, be it rounded or not."""
+        return (f"*.lora_{frozen(round)}.*",)
+
 
 def frozen(round: int) -> str:
     """The factor that is not trained in a round, counted from 0."""
