@@ -229,12 +229,12 @@ def discounted(one: Pending, window: Window, wire: str) -> Report | Lost:
 
 
 def moved(fetch: Callable[[], Message], base: Message, state: Message, wire: str) -> Message:
-    """An update's change of `base`, as that was sent, on top of `state`. Raises UnfitUpdate if they are not alike."""
-    update, sent = fetch(), base.to(wire).tensors
+    """An update's change of `base` on top of `state`, each as sent. Raises UnfitUpdate if they are not alike."""
+    update, sent, now = fetch(), base.to(wire).tensors, state.to(wire).tensors
     reason = unlike(update, sent)
     if reason is not None:
         raise UnfitUpdate(reason)
-    changed = {name: state.tensors[name] + (t.float() - sent[name].float()) for name, t in update.tensors.items()}
+    changed = {name: now[name].float() + (t.float() - sent[name].float()) for name, t in update.tensors.items()}
     return Message(changed, update.numbers)
 
 

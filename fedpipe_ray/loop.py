@@ -292,8 +292,10 @@ def optimized(
     how = server.run.server.optimizer
     if how is None or not any(isinstance(outcome, Report) for outcome in outcomes.values()):
         return after, moments
-    still = getattr(method, "still", lambda _: ())(round)
-    return stepped(before, after, moments, how, (*getattr(method, "aside", ()), *still))
+    aside = (*getattr(method, "aside", ()), *getattr(method, "still", lambda _: ())(round))
+    return stepped(
+        before, after, moments, how, aside, None if getattr(method, "adds", False) else server.run.wire.dtype
+    )
 
 
 def watch(reports: Iterable[Report | Lost], outcomes: dict[str, Report | Lost]) -> Iterator[Report | Lost]:

@@ -1,6 +1,7 @@
 """Server optimizers: FedAvgM (Hsu et al. 2019, arXiv 1909.06335) and FedOpt (Reddi et al. 2021, arXiv 2003.00295).
 
-With x the state a round starts from, y what the method aggregates, d = y - x, all products and roots by coordinate:
+With x the state a round starts from, y what the method aggregates of what edges made of x as they were sent it, s(x),
+d = y - s(x), all products and roots by coordinate:
 
     fedavgm       m <- beta1 m + d                        x <- x + lr m
     all others    m <- beta1 m + (1 - beta1) d            x <- x + lr m / (sqrt(v) + tau)
@@ -13,7 +14,8 @@ with m = 0 and v = tau^2 at first, the least that the paper's algorithm 2 allows
 correction, and tau stands outside the root. FedAdamW is AdamW's decoupled decay (Loshchilov and Hutter 2019, arXiv
 1711.05101) in this notation; the paper has none. Ours: d comes from the method's own aggregate, be it a mean or a
 robust rule, and of buffered rounds from a buffer; a round without a usable report makes no step, and a tensor that a
-method leaves as it is, or that is new, makes none in that round.
+method leaves as it is, or that is new, makes none in that round. s(x) is x rounded to wire.dtype: with d = y - x that
+rounding was learned where nobody learned anything. Of a method that adds changes to x itself d is y - x.
 
 Each operation is one torch kernel that IEEE arithmetic determines, so that threads do not change bits. The moments take
 one (FedAvgM) or two tensors beside each of the state's, however many edges there are.
@@ -27,7 +29,7 @@ from typing import TypeAlias
 
 import torch
 
-from .message import Message
+from .message import DTYPES, Message
 from .server_settings import Optimizer
 
 Moments: TypeAlias = Mapping[str, torch.Tensor]  # m/NAME and v/NAME, in the shape of the state's NAME
@@ -36,12 +38,14 @@ BESIDE = "moments/"  # before their names in a checkpoint, where they lie in one
 
 
 def stepped(
-    before: Message, after: Message, moments: Moments, how: Optimizer, aside: Sequence[str] = ()
-) -> tuple[Message, Moments]:
+    before: Message, after: Message, moments: Moments, how: Optimizer, aside: Sequence[str] = (),
+    wire: str | None = None,
+) -> tuple[Message, Moments]:  # fmt: skip
     """(the next state, the next moments) from a round's states; nothing that is passed in is changed.
 
     aside: patterns of names of tensors that stay as they are in `after`, as those do that are no floating-point
-    numbers, that `before` has not, or that are the very tensors of `before`: their moments stand still.
+    numbers, that `before` has not, or that are the very tensors of `before`: their moments stand still. wire: the dtype
+    in which edges were sent what they made `after` of; null: it was made of `before` itself.
     """
     lr, decay, tau = how.lr, how.weight_decay, how.tau
     assert lr is not None, "every optimizer has one"
@@ -51,7 +55,8 @@ def stepped(
         if x is None or new is x or not new.is_floating_point() or any(fnmatchcase(name, one) for one in aside):
             found |= {key: moments[key] for key in (f"m/{name}", f"v/{name}") if key in moments}
             continue
-        d, v = new - x, moments.get(f"v/{name}")
+        d = new - (x if wire is None else x.to(DTYPES[wire]).to(x.dtype))
+        v = moments.get(f"v/{name}")
         m = first(d, moments.get(f"m/{name}"), how)
         if how.beta1:
             found[f"m/{name}"] = m

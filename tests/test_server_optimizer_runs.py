@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from refusals import assert_refused
 from runs import assert_like, assert_same, here, manifest, opened_run, records
 
+from fedpipe_ray.buffered import federate_buffered
 from fedpipe_ray.loop import Start, federate
 from fedpipe_ray.methods import METHODS, method_class
 from fedpipe_ray.methods.base import as_sent
@@ -57,7 +60,7 @@ def test_each_round_is_a_step_from_what_the_method_makes_of_it(
 ) -> None:
     """m = m / 2 + d and x + m / 2, of each tensor that the round changed; of others nothing but what the method did.
 
-    stays: of some name that never steps.
+    d = y - x with x as edges were sent it, but of methods that add to their own. stays: of some name that never steps.
     """
     edges = "fleet={ray: false, edges: {a: {}, b: {}}}"
     arguments = (f"method={method}", "local={steps: 1, batch: 2}", edges, f"wire.dtype={wire}")
@@ -79,13 +82,29 @@ def test_each_round_is_a_step_from_what_the_method_makes_of_it(
                 still.add(name)
                 assert torch.equal(found, y), name
                 continue
-            m[name] = m[name] * 0.5 + (y - x) if name in m else y - x
+            d = y - (x if getattr(how, "adds", False) else sent[name])
+            m[name] = m[name] * 0.5 + d if name in m else d
             torch.testing.assert_close(found, x + 0.5 * m[name], rtol=0, atol=1e-7)
             assert not torch.equal(found, y)
         state, moments = done.state, done.moments
     assert {f"m/{name}" for name in m if name in state.tensors} == set(moments)
     assert not stays or any(stays in name for name in still - m.keys())
     assert m.keys() & state.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("method", "loop"),
+    [("lora", federate), ("lora", partial(federate_buffered, buffer=2)), ("jcpba", federate), ("scaffold", federate)],
+)
+def test_a_half_wire_moves_nothing_that_nobody_moved(method: str, loop: Any, run_file: Path) -> None:
+    """At a rate of 1e-12. jcpba prunes, so that of some entries no edge has any."""
+    settings = (f"method.name={method}", "local={steps: 1, batch: 2, lr: 1e-12, schedule: constant}")
+    how = ("server.optimizer={name: fedadam}", "wire.dtype=bfloat16")
+    fleet, rule, server, state = opened_run(run_file, *settings, *how)
+    *_, last = loop(rule, fleet, server, rounds=3, seed=0, evaluate_every=0)
+    for name, x in state.tensors.items():
+        if not name.startswith("control."):
+            torch.testing.assert_close(last.state.tensors[name], x, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("method", ["{name: full}", "{name: jcpba, score: taylor}"])

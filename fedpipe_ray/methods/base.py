@@ -135,7 +135,8 @@ class Method(Protocol):
     averaging: whether `aggregate` is averaging.average, so that server.aggregator acts. pseudo_gradient: whether the
     state's tensors are numbers in one basis over all rounds, so that server.optimizer can act on their changes; aside:
     patterns of the names of those that are not. A tensor that a round does not touch is the same object in both states;
-    where rounding to wire.dtype makes another one of it, still(round), if a method has that, names it by patterns.
+    where rounding to wire.dtype makes another one of it, still(round), where there is one, names it by patterns. adds:
+    whether `aggregate` adds changes to the state's tensors themselves; else it joins what edges made of them as sent.
     """
 
     base: ClassVar[Literal["shared", "sent", "none"]]
@@ -145,6 +146,7 @@ class Method(Protocol):
     averaging: ClassVar[bool] = False
     pseudo_gradient: ClassVar[bool] = False
     aside: ClassVar[tuple[str, ...]] = ()
+    adds: ClassVar[bool] = False
 
     def start(self, server: Site, rng: np.random.Generator) -> Message:
         """The server's state before round 0."""

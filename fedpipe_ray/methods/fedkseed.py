@@ -96,6 +96,7 @@ class FedKSeed(Section):
     base: ClassVar[Literal["shared", "none"]] = "shared"
     pseudo_gradient: ClassVar[bool] = True
     aside: ClassVar[tuple[str, ...]] = ("history", "drawn")
+    adds: ClassVar[bool] = True
     updates: ClassVar[Updates] = "values"
 
     def __post_init__(self) -> None:

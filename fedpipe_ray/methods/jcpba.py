@@ -43,7 +43,7 @@ from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.settings import Profile, require
 from fedpipe_ray.train import steps_of
 
-from .base import LoraMethod, LoraWeights, Weights, arrivals, unlike
+from .base import LoraMethod, LoraWeights, Weights, arrivals, as_sent, unlike
 
 if TYPE_CHECKING:
     from fedpipe_ray.site import Site
@@ -241,7 +241,8 @@ class Jcpba(LoraMethod):
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
     ) -> Message:
         """Each coordinate's mean over the edges that kept it; how many tokens and rows each edge had."""
-        mean, scores, numbers = OverlapMean(adapter_of(state)), self.scores(state, server), dict(state.numbers)
+        sent = Message(as_sent(state, server))  # where nobody kept a coordinate, it is what edges had
+        mean, scores, numbers = OverlapMean(adapter_of(sent)), self.scores(state, server), dict(state.numbers)
         seen, weight, pruned, silent = torch.zeros_like(state.tensors.get(SCORES, torch.zeros(0))), 0.0, 0.0, True
         scored = 0
 

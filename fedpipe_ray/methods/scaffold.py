@@ -62,6 +62,7 @@ class Scaffold(LoraMethod):
 
     pseudo_gradient: ClassVar[bool] = True
     aside: ClassVar[tuple[str, ...]] = (f"{CONTROL}*",)
+    adds: ClassVar[bool] = True
     updates: ClassVar[Updates] = "entries"
 
     def __post_init__(self) -> None:
