@@ -13,12 +13,15 @@ Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847, al
 plus what its codec left out before, and keeps what it leaves out now. That, and lowrank's Q, is private state of the
 edge: `codec.left.NAME` and `codec.warm.NAME`, kept, hashed and restored with the method's own, which does not see them.
 An update that the server does not use, as a late one, is lost with all that it carried: only what was left out stays.
+Where an edge counts changes from what has arrived (a method's `again`), what was left out is in the next change anyway,
+with and without feedback (EF21, Richtarik et al. 2021, arXiv 2106.05203): nothing is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +49,12 @@ class Encoding:
     seed: int
     round: int
     edge: str
+    again: tuple[str, ...] = ()  # on the edge: patterns of the names whose change has in it what was left out before
 
     @classmethod
-    def of(cls, run: Run, round: int, edge: str) -> Encoding:
+    def of(cls, run: Run, round: int, edge: str, again: tuple[str, ...] = ()) -> Encoding:
         """That of an edge in a round."""
-        return cls(run.wire, run.seed, round, edge)
+        return cls(run.wire, run.seed, round, edge, again)
 
     @cached_property
     def codec(self) -> Codec:
@@ -99,17 +103,23 @@ class Encoding:
         """(the parts of a tensor as they travel, what is kept of it)."""
         if not bool(torch.isfinite(x).all()):
             raise DivergedError(f"its update has NaN or infinity in {name}")
-        codec, feedback = self.codec, self.wire.error_feedback
-        before = kept.get(LEFT + name)
+        codec, again = self.codec, any(fnmatchcase(name, one) for one in self.again)
+        feedback, before = self.wire.error_feedback and not again, kept.get(LEFT + name)
         if feedback and before is not None and before.shape == x.shape:
             x = x + before
         sizes = codec.sizes(x.shape, DTYPES[self.wire.dtype])
-        found = codec.encode(x, self.rng(name), kept.get(WARM + name), feedback)
+        found = codec.encode(x, self.rng(name), kept.get(WARM + name), feedback or again)
         parts = {part: found[part].to(dtype) for part, (dtype, _) in sizes.items()}
         left = {LEFT + name: x - codec.decode(parts, x.shape, self.rng(name))} if feedback else {}
         if codec.warm in parts:
             left[WARM + name] = parts[codec.warm].float()
         return parts, left
+
+    def arriving(self, update: Message, order: Message, carried: Message | None) -> Message:
+        """What the server will make of an update, or a part of one, in float32; by a codec it is encoded for that."""
+        if self.wire.codec is None:
+            return update.to(self.wire.dtype).to("float32")
+        return self.decode(self.encode(update, order, carried)[0], order)
 
     # -- on the server
 

@@ -224,6 +224,11 @@ class Site:
         self.progress.status = "ready"
         return metrics
 
+    @property
+    def encoding(self) -> Encoding:
+        """Of this round's update."""
+        return Encoding.of(self.run, self.round, self.name, getattr(self.method, "again", ()))
+
     def measure(self, model: Any, split: str) -> Metrics:
         """Metrics of a model on this site's rows; empty if the split has none. The virtual clock does not count it."""
         classes = len(self.classes) if self.task == "classification" else 0
@@ -321,9 +326,8 @@ def attempt(site: Site, order: Message, round: int) -> tuple[Report | Lost, Mess
             wanted = site.profile.training_memory_bytes is not None or site.base.device.type == "cuda"
             peak, stored = PeakMemory(site.base.device, growth=wanted), stored_bytes(site.base.model) if wanted else 0
         with peak:
-            update, site.carried = Encoding.of(site.run, round, site.name).encode(
-                site.method.local_update(order, site, rng), order, site.carried
-            )
+            made = site.method.local_update(order, site, rng)
+            update, site.carried = site.encoding.encode(made, order, site.carried)
         up, held = update.total_bytes, within_capacity(site, peak, stored)
         spent = dataclasses.replace(
             site.cost, seconds=time.perf_counter() - started, peak_memory_bytes=peak.bytes, bytes_up=up,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_what_is_left_out_comes_later(codec: dict[str, Any]) -> None:
     """
     gaps = gaps_of(codec, feedback=True, rounds=100)
     assert gaps[99] < max(1e-3, 0.35 * gaps[19])
+
+
+@pytest.mark.parametrize("feedback", [False, True])
+@codecs
+def test_changes_of_what_has_arrived_reach_their_aim(codec: dict[str, Any], feedback: bool) -> None:
+    """Each is the way from what arrived to the same aim, so that what was left out is in the next: nothing is kept."""
+    aim, there, carried, gaps = drawn((12, 20), 2), Message({"c.b": torch.zeros(12, 20)}), None, []
+    for round in range(100):
+        one = dataclasses.replace(encoding(codec, round, feedback), again=("c.*",))
+        found = one.arriving(Message({"c.b": aim}), there, carried)
+        travels, carried = one.encode(Message({"c.b": aim}), there, carried)
+        there = one.decode(travels, there)
+        assert torch.equal(there.tensors["c.b"], found.tensors["c.b"])
+        gaps.append(float((aim - there.tensors["c.b"]).norm() / aim.norm()))
+    assert max(gaps) <= 1
+    assert gaps[99] < 0.8 * gaps[0] or gaps[0] < 1e-3
+    assert carried is None or all("left" not in name for name in carried.tensors)
 
 
 def test_without_feedback_what_is_left_out_never_comes() -> None:

@@ -212,11 +212,19 @@ def assert_c_is_the_mean(state: Message, private: dict[str, Message | None]) -> 
         torch.testing.assert_close(state.tensors[name], mean, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
-def test_c_is_the_mean_of_what_counts_in_a_run(wire: str, run_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("wire", "rate"),
+    [
+        ("{dtype: float32}", 0.01),
+        ("{dtype: bfloat16}", 0.01),
+        ("{codec: {name: randomk, share: 0.3}}", 0.003),
+        ("{codec: {name: topk, share: 0.1}, error_feedback: true}", 0.0015),
+    ],
+)
+def test_c_is_the_mean_of_what_counts_in_a_run(wire: str, rate: float, run_file: Path) -> None:
     """Of three edges c is slow: one too many in the first round, late in the second. Then b's private state is gone."""
-    slow = "fleet.edges.c.uplink_bps=0.01Mbit/s"
-    settings = (SGD, "method={name: scaffold, rank: 2, alpha: 4}", f"wire.dtype={wire}", slow)
+    slow = f"fleet.edges.c.uplink_bps={rate}Mbit/s"
+    settings = (SGD, "method={name: scaffold, rank: 2, alpha: 4}", f"wire={wire}", slow)
     fleet, method, server, _ = opened_run(run_file, *settings)
     sites, start = fleet.sites, None
     for number, options in enumerate([{"fraction": 0.67, "over_select": 1.5}, {"deadline_seconds": 5.0}, {}, {}]):

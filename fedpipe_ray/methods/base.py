@@ -132,6 +132,7 @@ class Method(Protocol):
     update has the tensors of the state, and that `aggregate` moves with its arguments:
     aggregate(S + D, {x + D}) = aggregate(S, {x}) + D. Any weighted mean does. updates: what wire.codec may do: `values`
     of their own; `changes` of the order's tensors of the same names; or of `entries` that mean the same in every round.
+    again: patterns of names whose change an edge counts from what of them has arrived (site.encoding.arriving).
     averaging: whether `aggregate` is averaging.average, so that server.aggregator acts. pseudo_gradient: whether the
     state's tensors are numbers in one basis over all rounds, so that server.optimizer can act on their changes; aside:
     patterns of the names of those that are not. A tensor that a round does not touch is the same object in both states;
@@ -143,6 +144,7 @@ class Method(Protocol):
     personal: ClassVar[bool] = False
     asynchronous: ClassVar[bool] = False
     updates: ClassVar[Updates] = "changes"
+    again: ClassVar[tuple[str, ...]] = ()
     averaging: ClassVar[bool] = False
     pseudo_gradient: ClassVar[bool] = False
     aside: ClassVar[tuple[str, ...]] = ()

@@ -11,8 +11,9 @@ which of plain SGD at one rate is option II (control.py), and is defined for eve
 here, the correction is added to the gradient before AdamW sees it. The paper's is `local: {optimizer: sgd, schedule:
 constant}` with `clip` too large to act; with another rate a step, or a clipped one, c_i+ stays the mean of what was
 measured. What travels is y_i and c + c_i+ - c_i, twice an adapter each way; what an edge keeps is c_i and what of c_i+
-- c_i was sent, rounded as it was. Edges weigh alike, as in the paper: other weights would leave a pull, sum_i p_i (c -
-c_i), in the mean.
+- c_i arrives, as wire.dtype and wire.codec leave it. What they leave out is in the next c_i+ - c_i, so that it comes
+without error feedback, which is of y_i alone: with it too it came twice, and c_i ran away. Edges weigh alike, as in the
+paper: other weights would leave a pull, sum_i p_i (c - c_i), in the mean.
 
 Ours, too: S are the edges whose reports are used. One whose report came too late or was refused was not in S, and goes
 on from its c_i before. It keeps both, as its private state, and its next order says, by a round's number, which of them
@@ -64,6 +65,7 @@ class Scaffold(LoraMethod):
     aside: ClassVar[tuple[str, ...]] = (f"{CONTROL}*",)
     adds: ClassVar[bool] = True
     updates: ClassVar[Updates] = "entries"
+    again: ClassVar[tuple[str, ...]] = (f"{CONTROL}*",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,11 +103,10 @@ class Scaffold(LoraMethod):
         correct = Correction(lora.parameters(model), {name: c[name].float() - own[name] for name in c})
         site.train(model, rng, summed_loss, None, None, correct)
         moved = {CONTROL + name: c[name].float() + (after - own[name]) for name, after in correct.mean().items()}
-        update = Message({**lora.read(model), **moved}, {GONE: 1.0} if found is None else {})
-        sent = update if site.run.wire.codec else update.to(site.run.wire.dtype)
-        after = {name: own[name] + (sent.tensors[CONTROL + name].float() - c[name].float()) for name in c}
+        there = site.encoding.arriving(Message(moved), order, site.carried).tensors
+        after = {name: own[name] + (there[CONTROL + name] - c[name].float()) for name in c}
         site.private = kept(found or {}, used if found else NEVER, after, site.round)
-        return update
+        return Message({**lora.read(model), **moved}, {GONE: 1.0} if found is None else {})
 
     def aggregate(
         self, state: Message, reports: Iterable[Report | Lost], server: Site, round: int, rng: np.random.Generator
