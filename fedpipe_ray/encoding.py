@@ -71,7 +71,7 @@ class Encoding:
     def encode(self, update: Message, order: Message, carried: Message | None) -> tuple[Message, Message | None]:
         """(the update as it travels, what the edge keeps for its next one); order: as it came.
 
-        Raises DivergedError for NaN or infinity, which would stay in what is kept.
+        Raises DivergedError for NaN or infinity, also of a part in wire.dtype, which would stay in what is kept.
         """
         if self.wire.codec is None:
             return update.to(self.wire.dtype), None
@@ -111,6 +111,8 @@ class Encoding:
         found = codec.encode(x, self.rng(name), kept.get(WARM + name), feedback or again)
         parts = {part: found[part].to(dtype) for part, (dtype, _) in sizes.items()}
         left = {LEFT + name: x - codec.decode(parts, x.shape, self.rng(name))} if feedback else {}
+        if not all(bool(torch.isfinite(one).all()) for one in (*parts.values(), *left.values())):
+            raise DivergedError(f"its update is too large for {self.wire.dtype} in {name}; use bfloat16 or float32")
         if codec.warm in parts:
             left[WARM + name] = parts[codec.warm].float()
         return parts, left

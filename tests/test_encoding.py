@@ -172,6 +172,14 @@ def test_nan_is_not_encoded(codec: dict[str, Any], value: float) -> None:
         encoding(codec).encode(whole, order(), None)
 
 
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("name", ["topk", "randomk", "lowrank"])
+def test_what_wire_dtype_cannot_hold_is_not_encoded(name: str, feedback: bool) -> None:
+    """float16 ends at 65,504. The infinity would stay in what is left, and spoil every later update of the edge."""
+    with pytest.raises(DivergedError, match="its update is too large for float16 in a; use bfloat16 or float32"):
+        encoding({"name": name}, feedback=feedback, dtype="float16").encode(update(size=1e6), order(), None)
+
+
 def test_private_states_are_kept_as_one_and_told_apart() -> None:
     own, carried = Message({"drawn": torch.ones(2)}, {"n": 1}), Message({"codec.left.a": torch.ones(3)})
     for one, other in ((own, carried), (None, carried), (own, None), (None, None)):
