@@ -11,7 +11,8 @@ empty one of its name, [0, *shape].
 
 Error feedback (Seide et al. 2014; Karimireddy et al. 2019, arXiv 1901.09847, algorithm 2): an edge encodes its change
 plus what its codec left out before, and keeps what it leaves out now. That, and lowrank's Q, is private state of the
-edge: `codec.left.NAME` and `codec.warm.NAME`, kept, hashed and restored with the method's own, which does not see them.
+edge: `codec.left.NAME` and `codec.warm.NAME`, kept, hashed and restored with the method's own, which does not see them,
+until an order has no NAME any more.
 An update that the server does not use, as a late one, is lost with all that it carried: only what was left out stays.
 Where an edge counts changes from what has arrived (a method's `again`), what was left out is in the next change anyway,
 with and without feedback (EF21, Richtarik et al. 2021, arXiv 2106.05203): nothing is kept.
@@ -79,7 +80,8 @@ class Encoding:
         floats = {name: tensor for name, tensor in update.tensors.items() if tensor.is_floating_point()}
         known = {n: t.float() for n, t in base.items() if n in floats and floats[n].shape == t.shape}
         strange = [name for name in floats if name not in known] if self.codec.whole else []
-        kept = dict(carried.tensors) if carried is not None else {}
+        old = carried.tensors.items() if carried is not None else ()
+        kept = {name: tensor for name, tensor in old if name.removeprefix(LEFT).removeprefix(WARM) in base}
         pieces: dict[str, list[torch.Tensor]] = {}
         for name in (*known, *strange):
             x = floats[name].detach().to("cpu", torch.float32)

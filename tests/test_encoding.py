@@ -156,6 +156,17 @@ def test_what_was_kept_of_tensors_that_do_not_come_this_time_stays() -> None:
     assert not torch.equal(second.tensors["codec.left.a"], first.tensors["codec.left.a"])
 
 
+def test_what_was_kept_of_tensors_that_the_order_has_no_more_is_dropped() -> None:
+    """As of slora's sparse entries, when LoRA begins; lowrank's Q of a matrix, too."""
+    one = encoding({"name": "lowrank"}, feedback=True)
+    _, first = one.encode(update(), order(), None)
+    rest = Message({name: tensor for name, tensor in order().tensors.items() if name != "b"})
+    _, second = one.encode(Message({"a": update().tensors["a"]}), rest, first)
+    assert first is not None
+    assert second is not None
+    assert first.tensors.keys() - second.tensors.keys() == {"codec.left.b", "codec.warm.b"}
+
+
 def test_no_codec_is_the_wire_as_it_was() -> None:
     plain, whole = Encoding(Wire(), 0, 0, "a"), update()
     assert plain.encode(whole, order(), None) == (whole, None)
