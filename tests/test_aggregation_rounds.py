@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fedpipe_ray import blocks, lora
 from fedpipe_ray.folding import of_b
 from fedpipe_ray.folding import pairs_of as modules_of
-from fedpipe_ray.loop import federate
+from fedpipe_ray.loop import Start, federate
 from fedpipe_ray.message import Message
 from fedpipe_ray.methods import make_method
 from fedpipe_ray.methods.hetlora import tail_norm
@@ -164,6 +164,18 @@ def test_ranks_shrink_while_the_tail_decays_and_not_below_the_least(tiny: Path) 
         assert 0 <= done[-1].outcomes[edge].cost.bytes_up - 4 * rank * SIDES < 5_000
     free = rounds_of(tiny, heavy.replace("gamma: 0.5", "gamma: 1"), 2)
     assert [free[-1].state.numbers[f"{edge}/rank"] for edge in "abc"] == [8, 4, 8]
+
+
+def test_a_tail_is_as_long_in_an_order_as_after_training(tiny: Path) -> None:
+    """At a rate of 1e-12, without penalty, no tail decays; in the dtype of a bfloat16 order its norm was rounded."""
+    order = {name: t.bfloat16() for name, t in update_of(0, 8).items()}
+    assert torch.equal(tail_norm(order, 7), tail_norm({name: t.float() for name, t in order.items()}, 7))
+    still = ("local={steps: 1, batch: 2, lr: 1e-12, schedule: constant}", "wire.dtype=bfloat16")
+    fleet, method, server, state = opened_run(tiny, "method={name: hetlora, rank: 8, penalty: 0, gamma: 0.9}", *still)
+    draw = torch.Generator().manual_seed(0)
+    state = Message({name: torch.randn(t.shape, generator=draw) for name, t in state.tensors.items()})
+    *_, last = federate(method, fleet, server, rounds=3, seed=0, evaluate_every=0, start=Start(state))
+    assert [last.state.numbers[f"{edge}/rank"] for edge in "abc"] == [8, 8, 8]
 
 
 # -- FedIT's residual

@@ -117,6 +117,6 @@ class HetLora(LoraMethod):
 
 
 def tail_norm(tensors: Mapping[str, torch.Tensor], rank: int) -> torch.Tensor:
-    """sum over matrices of ||B[:, rank:]||_F ||A[rank:, :]||_F; its gradient is 0 where B is."""
+    """sum over matrices of ||B[:, rank:]||_F ||A[rank:, :]||_F, in float32; its gradient is 0 where B is."""
     tails = [tail(*pair, rank) for pair in pairs_of(tensors).values()]
-    return torch.stack([b.norm() * a.norm() for b, a in tails]).sum()
+    return torch.stack([b.float().norm() * a.float().norm() for b, a in tails]).sum()
