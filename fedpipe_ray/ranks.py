@@ -45,14 +45,17 @@ def check(ranks: Mapping[str, int], site: Site, spec: lora.LoraSpec) -> None:
     check_linear(site, spec)
 
 
-def check_linear(site: Site, spec: lora.LoraSpec) -> None:
-    """Raises UserError for targets whose factors are no two matrices that are multiplied; loads no weights."""
+def check_linear(site: Site, spec: lora.LoraSpec, instead: str = "use method.name: lora") -> None:
+    """Raises UserError for targets whose factors are no two matrices that are multiplied; loads no weights.
+
+    instead: the other remedy.
+    """
     found = lora.parameters(site.skeleton(spec)).items()
     odd = [n for n, p in found if ".lora_embedding_" in n or (".lora_A." in n and p.ndim != 2)]
     if odd:
         raise UserError(
             f"method.targets: {lora.module_of(odd[0])} is no linear layer, and products of linear layers alone are "
-            "joined; leave it out, or use method.name: lora"
+            f"joined; leave it out, or {instead}"
         )
 
 

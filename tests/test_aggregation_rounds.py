@@ -258,6 +258,8 @@ def test_a_classifier_of_unequal_ranks_with_frozen_blocks(tiny: Path, tmp_path: 
         ("{name: hetlora, gamma: 0}", "method.gamma: 0.0 must lie in (0, 1]"),
         ("{name: hetlora, penalty: -1}", "method.penalty: -1.0 must not be negative"),
         ("{name: hetlora, ranks: {a: 2}, least: 3}", "method.least: 3 must lie between 1 and ... rank of an edge, 2"),
+        ("{name: lora, residual: true, targets: [q_proj, embed_tokens]}",
+         "method.targets: model.embed_tokens is no linear layer, ... leave it out, or set method.residual: false"),
         ("{name: zeropad, targets: [embed_tokens]}", "method.targets: model.embed_tokens is no linear layer ... lora"),
     ],
 )  # fmt: skip

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from fedpipe_ray import ranks
 from fedpipe_ray.averaging import average
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.folding import MEASURED, Sums, pairs_of
@@ -60,8 +61,10 @@ class Lora(LoraMethod):
         )
 
     def check(self, site: Site) -> None:
-        """Raises UserError as LoraMethod does, and for a residual of what is no mean."""
+        """Raises UserError as LoraMethod does, and for a residual of what is no mean or no product of two matrices."""
         super().check(site)
+        if self.residual:
+            ranks.check_linear(site, self.spec(site), "set method.residual: false")
         rule = site.run.server.aggregator.name
         if self.residual and rule != "mean":
             raise UserError(f"method.residual: is that of a mean, and server.aggregator is {rule}; leave one out")
