@@ -75,8 +75,12 @@ class Aggregator(Section):
         keys = " and ".join(f"{key}: {value}" for key, value in own.items() if value is not None)
         if self.trim is not None:
             remedy = f"lower trim to {(there - 1) // 2}"
+        elif self.keep and there >= 2 * (self.byzantine or 0) + 3:
+            remedy = f"lower keep to {there - (self.byzantine or 0) - 2}"
         elif there >= 3:
-            remedy = f"lower byzantine to {(there - 3) // 2}" + (" and keep" if self.keep else "")
+            f = (there - 3) // 2
+            most = there - f - 2
+            remedy = f"lower byzantine to {f}" + (f" and keep to {most}" if (self.keep or 0) > most else "")
         else:
             remedy = "take median, which any number will do for"
         return f"server.aggregator: {self.name} with {keys} needs {self.needs} updates, {there} {verb}; {remedy}"

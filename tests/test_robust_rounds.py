@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def test_clipping_by_hand(update: Any, clip: float, expected: Any) -> None:
         (("server.aggregator={name: trimmed_mean, trim: 2}",), "trimmed_mean with trim: 2 needs 5 updates, 3 can come; "
          "lower trim to 1"),
         (("server.aggregator={name: multi_krum, byzantine: 0, keep: 2}",), "multi_krum with byzantine: 0 and keep: 2 "
-         "needs 4 updates, 3 can come; lower byzantine to 0 and keep"),
+         "needs 4 updates, 3 can come; lower keep to 1, or have more than 3"),
         (("server.aggregator={name: trimmed_mean}", "fleet.fraction=0.67"), "needs 3 updates, 2 can come; lower trim "
          "to 0, or have more than 2 of the 3 edges in a round (fleet.fraction: 0.67)"),
         (("server.aggregator={name: trimmed_mean}", "fleet.mode=buffered", "fleet.buffer=1"), "1 can come; lower trim "
@@ -239,3 +240,15 @@ def test_the_remedy_helps(name: str, size: int, there: int) -> None:
         assert lower < size
         assert Aggregator(name=name, **{key: lower}).shortage(there) is None
         assert Aggregator(name=name, **{key: lower + 1}).shortage(there) is not None
+
+
+@given(st.integers(0, 5), st.integers(1, 20), st.integers(1, 20))
+def test_multi_krum_s_remedy_helps(byzantine: int, keep: int, there: int) -> None:
+    """As it stands, and no key is named that was small enough; of 20 and byzantine 1 keep 18 goes to 17."""
+    own = {"byzantine": byzantine, "keep": keep}
+    remedy = (Aggregator(name="multi_krum", **own).shortage(there) or "").rpartition("; ")[2]
+    found = {key: int(value) for key, value in re.findall(r"(byzantine|keep) to (\d+)", remedy)}
+    assert all(value < own[key] for key, value in found.items())
+    if found:
+        assert Aggregator(name="multi_krum", **own | found).shortage(there) is None
+    assert Aggregator(name="multi_krum", byzantine=1, keep=18).shortage(20).endswith("; lower keep to 17")
