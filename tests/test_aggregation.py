@@ -115,6 +115,19 @@ def test_exact_rules_apply_the_weighted_mean_of_the_products(
     assert after.numbers["cut"] < 1e-9
 
 
+@pytest.mark.parametrize("edges", [1, 3])
+def test_fedex_is_exact_as_edges_get_it_on_a_half_wire(edges: int, rule: Callable[..., tuple[Any, Site]]) -> None:
+    """A and B in bfloat16 and the block in float32, of rank (edges + 1) x 4; updates are as a codec leaves them."""
+    method, server = rule("fedex_lora", "wire.dtype=bfloat16", rank=4, alpha=12.0)
+    updates, weights = [update_of(4, k) for k in range(edges)], [1.0, 2.0, 5.0][:edges]
+    after = joined(method, server, updates, weights)
+    order = after.to("bfloat16")
+    assert {len(t) for name, t in order.kept.items() if ".lora_A." in name} == {(edges + 1) * 4}
+    had = Message({name: tensor.double() for name, tensor in order.tensors.items()})
+    assert off(applied(method, server, had), target(updates, weights, 3.0)) < 1e-6
+    assert after.numbers["residual"] < 1e-6
+
+
 @pytest.mark.parametrize("name", [*EQUAL, *UNEQUAL])
 def test_the_residual_that_is_told_is_that_of_the_model(name: str, rule: Callable[..., tuple[Any, Site]]) -> None:
     """Against dense algebra; HetLoRA's target has its own weights, sizes of products."""

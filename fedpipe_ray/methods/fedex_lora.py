@@ -10,11 +10,13 @@ edge.
 Ours: E is not added to W0, which is shared and perhaps quantized; it is kept as frozen blocks by round (blocks.py)
 beside the adapter, and an edge which holds the older ones is charged the new one alone. Once their rank would exceed
 min(m, n) they become one block without loss, which is sent whole. E is found by QR and a small SVD, in which the
-rounding of B and A to float32 is taken up as far as (K - 1) r triplets go. All edges have one rank and the scale
-alpha / rank; a classifier's head is averaged with the same p_k. AdamW starts fresh every round. The server holds a
-sum of the products of rank min(m, n) at most, or `limit` (and twice that between two cuts), and the blocks in
+rounding of B and A to float32 is taken up as far as (K - 1) r triplets go. On a half wire A and B are rounded to
+wire.dtype before E is found, for that is what edges train beside it, and E, float32, has rank (K + 1) r at most; with
+the means as they were edges would apply another product, which is off by 1e-3 of it. All edges have one rank and the
+scale alpha / rank; a classifier's head is averaged with the same p_k. AdamW starts fresh every round. The server holds
+a sum of the products of rank min(m, n) at most, or `limit` (and twice that between two cuts), and the blocks in
 float32, in its state and in every checkpoint. Exported is one plain adapter of the rank of B A and all blocks.
-Without E this is FedIT, bit for bit.
+Without E this is FedIT, on a float32 wire bit for bit.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from fedpipe_ray.message import Message
 from fedpipe_ray.report import Lost, Report
 from fedpipe_ray.stacking import concatenate
 
-from .base import LoraMethod, Updates, Weights, weighted_mean
+from .base import LoraMethod, Updates, Weights, as_sent, weighted_mean
 
 if TYPE_CHECKING:
     import torch
@@ -80,15 +82,17 @@ class FedExLora(LoraMethod):
         mean = weighted_mean(Message(state.rest, state.numbers), reports, also)
         if not sums.total:
             return state
-        exact, own = sums.exact(), pairs_of(mean.tensors)
-        rest = {}
+        factors = Message({name: tensor for name, tensor in mean.tensors.items() if ".lora_" in name})
+        adapter = {**mean.tensors, **as_sent(factors, server)}  # a classifier's head as it is
+        exact, own, rest = sums.exact(), pairs_of(adapter), {}
+        rank = (edges - 1 if server.run.wire.dtype == "float32" else edges + 1) * self.rank
         for name, pair in exact.items():
             missed = concatenate([pair, own[name]], [1.0, -1.0])
-            if edges > 1:
-                b, a = blocks.lossless(missed, (edges - 1) * self.rank)
+            if rank:
+                b, a = blocks.lossless(missed, rank)
                 rest[name] = b.float(), a.float()
         told = sums.told({name: [own[name], *([rest[name]] if name in rest else [])] for name in exact}, exact)
-        return Message({**blocks.added(state, round, rest), **mean.tensors}, {**state.numbers, **told})
+        return Message({**blocks.added(state, round, rest), **adapter}, {**state.numbers, **told})
 
     def weights(self, state: Message, site: Site) -> dict[str, Weights]:
         """One view: the averaged adapter and all blocks as one."""
