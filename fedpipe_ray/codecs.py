@@ -116,9 +116,10 @@ class Int8(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Nf4(Section):
-    """4 bits, at the quantiles of a normal, with a scale a block: off by at most 0.152 max |x| of it.
+    """4 bits, at the quantiles of a normal, with a scale a block: off by at most 0.152 s, s = max |x| of the block.
 
-    block: entries a scale; double: whether the scales are stored in 8 bits.
+    block: entries a scale; double: whether the scales are stored in 8 bits. Then an entry is off by up to
+    max |s - mean| / 254 of its 256 blocks more, which may be all of a block that is small beside the others.
     """
 
     block: int = 64

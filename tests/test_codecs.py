@@ -147,6 +147,16 @@ def test_lowrank_finds_a_matrix_of_its_rank_and_nears_the_best_one_when_warm() -
     assert errors[-1] == pytest.approx(best, rel=2e-3)
 
 
+def test_double_scales_lose_up_to_a_step_of_theirs_which_may_be_a_small_block() -> None:
+    """100 blocks of 16 from 1e-4 to 1: 0.152 s and max |s - mean| / 254; the smallest comes back as zeros."""
+    sizes = torch.logspace(-4, 0, 100)[:, None]
+    x = sizes * drawn((100, 16), 0)
+    back, _ = through({"name": "nf4", "double": True, "block": 16}, x)
+    s = x.abs().amax(1)
+    assert ((x - back).abs().amax(1) <= 0.152 * s + (s - s.mean()).abs().max() / 254).all()
+    assert not back[0].any()
+
+
 def test_lowrank_starts_anew_from_what_was_no_change() -> None:
     x = drawn((40, 50), 2)
     cold = through({"name": "lowrank"}, x)[0]
