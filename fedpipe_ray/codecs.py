@@ -39,6 +39,7 @@ NF4 = torch.tensor([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
 HALFWAY = (NF4[1:] + NF4[:-1]) / 2  # [15]
+ROWS = 1024  # of a matrix that lowrank holds in float64 at once
 SHORT = 2**16  # entries that indices of two bytes reach
 
 
@@ -273,7 +274,8 @@ class LowRank(Section):
         x = x.reshape(m, n)
         if warm is None or warm.numel() != n * rank or not bool(warm.any()):
             warm = torch.from_numpy(rng.standard_normal(n * rank, dtype=np.float32))
-        p = torch.linalg.qr(x @ warm.view(n, rank)).Q  # [m, rank]
+        start = warm.view(n, rank).double()  # in float32 columns that are nearly parallel lose what tells them apart
+        p = torch.linalg.qr(torch.cat([part.double() @ start for part in x.split(ROWS)])).Q.float()  # [m, rank]
         return {"p": p.flatten(), "q": (x.T @ p).flatten()}
 
     def decode(self, parts: Parts, shape: Sequence[int], rng: np.random.Generator) -> torch.Tensor:
