@@ -47,7 +47,7 @@ def surrogate(budget: Budget, capacity: float = 400.0) -> Surrogate:
             for bits in (4, 16)
             for batch in (1, 2, 4)
         ]
-        one = demand(choices, capacity_bytes=capacity, transfer_seconds_rank=0.01, batch=4)
+        one = demand(choices, capacity_bytes=capacity, transfer_seconds_rank=0.01, batch=4, max_rank=16)
         edges[name] = dataclasses.replace(one, edge=name)
     profiles = {"slow": Profile(compute_flops=1e9), "fast": Profile(compute_flops=2e9)}
     return Surrogate(
@@ -62,6 +62,16 @@ def test_ranks_fall_with_importance() -> None:
     assert ranks_of(layers, density, 4, 0) == [8, 8, 8, 8]
     assert ranks_of(layers, density, 3.5, 1) == [4, 1, 8, 2]  # the upper half of the layers has the higher level
     assert ranks_of(layers, density, 0, 2) == [0, 0, 0, 0]
+    assert ranks_of(layers, density, 4, 0, levels=4) == [4, 4, 4, 4]  # of 0, 1, 2, 4
+
+
+def test_no_rank_is_above_the_highest_that_an_edge_may_have() -> None:
+    """At the top of the space the upper layers round up, from level 4, rank 8, to one that there is not."""
+    problem = surrogate(Budget(100.0))
+    for name, edges in problem.classes.items():
+        highest = max(problem.starts(name), key=lambda point: point["top"])
+        most = problem.allocation(name, {**highest, "top": float(problem.levels(name)), "fall": 0.0})
+        assert max(most.ranks.values()) == problem.demands[edges[0]].max_rank
 
 
 def test_edges_of_one_profile_are_a_class() -> None:

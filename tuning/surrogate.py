@@ -140,7 +140,7 @@ class Surrogate:
         """A point of either space as what an edge of a class is given."""
         bits, batches = self.options(name)
         if "top" in point:
-            chosen = ranks_of(self._layers, self.density[name], point["top"], point["fall"])
+            chosen = ranks_of(self._layers, self.density[name], point["top"], point["fall"], self.levels(name))
             kept = self.places[name] < point["keep"]
             ranks = {key.name: rank for key, rank, stays in zip(self.keys, chosen, kept, strict=True) if rank and stays}
         else:
@@ -205,12 +205,13 @@ class Surrogate:
         return replace(found, quality=found.quality / len(plans), worth=found.worth / len(plans))
 
 
-def ranks_of(layers: Array, density: Array, top: float, fall: float) -> list[int]:
+def ranks_of(layers: Array, density: Array, top: float, fall: float, levels: int = len(RANKS)) -> list[int]:
     """[keys] ranks: level top + fall x density, rounded up in the upper layers and down in the lower ones.
 
-    layers: [keys] in [0, 1), 0 at the input; density: [keys] log2 of importance a parameter, at most 0.
+    layers: [keys] in [0, 1), 0 at the input; density: [keys] log2 of importance a parameter, at most 0; levels: how
+    many of RANKS there are.
     """
-    level = np.clip(np.floor(top + fall * density + layers), 0, len(RANKS) - 1).astype(int)
+    level = np.clip(np.floor(top + fall * density + layers), 0, levels - 1).astype(int)
     return [RANKS[at] for at in level]
 
 
