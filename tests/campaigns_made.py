@@ -30,7 +30,7 @@ def campaign(run_file: Path, **changes: Any) -> Path:
         **changes,
     }
     path = run_file.with_name("campaign.yaml")
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return path
 
 

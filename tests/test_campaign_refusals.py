@@ -93,6 +93,17 @@ def test_a_study_of_another_campaign_is_refused(run_file: Path, tmp_path: Path) 
     assert len(more) == 6
 
 
+def test_values_keep_their_names_where_a_campaign_file_is_put_in_another_order(run_file: Path, tmp_path: Path) -> None:
+    """Objectives in another order are refused, for the storage has no names; constraints have."""
+    loss, cost = {"loss": "minimize"}, {"bytes": "minimize"}
+    carried_out(plan_of(run_file, objectives={**loss, **cost}), tmp_path / "a", Curves(by_rate))
+    with pytest.raises(UserError, match="belongs to another campaign: order of objectives differ"):
+        carried_out(plan_of(run_file, objectives={**cost, **loss}), tmp_path / "a", Curves(by_rate))
+    trials = carried_out(plan_of(run_file, constraints={"steps": 99, "bytes": 999}), tmp_path / "b", Curves(by_rate))
+    again = carried_out(plan_of(run_file, constraints={"bytes": 999, "steps": 99}), tmp_path / "b", Curves(by_rate))
+    assert again == trials
+
+
 def test_a_database_that_is_not_there(run_file: Path, tmp_path: Path) -> None:
     plan = plan_of(run_file, storage="postgresql://me:secret@127.0.0.1:1/none")
     with pytest.raises(UserError, match=r"storage: postgresql://me@127\.0\.0\.1:1/none cannot be reached: ") as caught:

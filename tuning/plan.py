@@ -97,7 +97,8 @@ class Plan:
         return {
             "search": self.settings.search,
             "objectives": {name: dataclasses.asdict(one) for name, one in self.objectives.items()},
-            "constraints": [limit.name for limit in self.limits],
+            "order of objectives": list(self.objectives),  # values are stored in it, without names
+            "constraints": sorted(limit.name for limit in self.limits),
             "run": training_hash(self.base),
             "rounds": self.base.rounds,
         }
