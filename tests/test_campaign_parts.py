@@ -14,6 +14,7 @@ from campaigns_made import record
 from fedpipe_ray.errors import UserError
 from tuning.campaign import verdict
 from tuning.metrics import metric, value_of
+from tuning.plan import Limit
 from tuning.settings import Objective
 from tuning.space import space_of
 from tuning.study import best_of, enqueue, open_storage, open_study, sampler_of, with_driver
@@ -58,6 +59,23 @@ def test_protocols() -> None:
     assert value_of(dataclasses.replace(cost, until={"loss": 0.5}), records) == math.inf
     assert value_of(dataclasses.replace(loss, over="worst"), records) == 3
     assert value_of(dataclasses.replace(loss, over="gap"), records) == 1
+
+
+def test_the_worst_edge_is_that_with_least_where_more_is_better() -> None:
+    """Accuracies 0.9, 0.8 and 0.1, mean 0.6; an accuracy that is no number is worse than any, and no target reached."""
+    told = record(1.0)
+    told["eval"] = {"global": {"accuracy": 0.6}, "edges": {"a": {"accuracy": 0.9}, "b": {"accuracy": 0.8},
+                                                             "c": {"accuracy": 0.1}}}  # fmt: skip
+    gap = Objective(metric="accuracy", way="minimize", over="gap")
+    worst = Objective(metric="accuracy", way="maximize", over="worst")
+    assert value_of(gap, [told]) == pytest.approx(0.5)
+    assert value_of(worst, [told]) == 0.1
+    told["eval"]["edges"]["b"] = told["eval"]["global"] = {"accuracy": None}
+    assert value_of(gap, [told]) == math.inf
+    assert value_of(worst, [told]) == value_of(dataclasses.replace(worst, over="all"), [told]) == -math.inf
+    cost = Objective(metric="bytes", way="minimize", until={"accuracy": 0.5})
+    assert value_of(cost, [told]) == math.inf
+    assert Limit("accuracy", 0.5, at_least=True).excess([told]) == math.inf
 
 
 @pytest.mark.parametrize(

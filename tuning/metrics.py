@@ -167,13 +167,15 @@ def worst_of(way: str) -> float:
 
 def _figure(objective: Objective, records: Sequence[Record]) -> float | None:
     if objective.over == "all":
-        return metric(objective.metric, records)
+        value = metric(objective.metric, records)
+        return value if value is None or math.isfinite(value) else worst_of(objective.way)
     newest: Mapping[str, Any] = next((r["eval"]["edges"] for r in reversed(records) if r["eval"]["edges"]), {})
     own = [edge[objective.metric] for edge in newest.values() if objective.metric in edge]
-    own = [math.inf if value is None else float(value) for value in own]
     if not own:
         return None
-    worst: float = max(own) if objective.way == "minimize" else min(own)
+    if None in own:  # was no number
+        return worst_of(objective.way)
+    worst = float((min if higher_is_better(objective.metric) else max)(own))
     return worst if objective.over == "worst" else abs(worst - sum(own) / len(own))
 
 
@@ -184,7 +186,7 @@ def _inside(budget: Mapping[str, Any], records: Sequence[Record]) -> bool:
 def _reached(targets: Mapping[str, Any], records: Sequence[Record]) -> bool:
     for name, target in targets.items():
         value = metric(name, records)
-        if value is None or (value < target if higher_is_better(name) else value > target):
+        if value is None or math.isinf(value) or (value < target if higher_is_better(name) else value > target):
             return False
     return True
 
@@ -194,7 +196,7 @@ def nearest(objective: Objective, records: Sequence[Record]) -> dict[str, float]
     parts = [records[:n] for n in range(1, len(records) + 1)]
     found = {}
     for name in objective.until:
-        values = [value for part in parts if (value := metric(name, part)) is not None]
+        values = [value for part in parts if (value := metric(name, part)) is not None and math.isfinite(value)]
         if values:
             found[name] = (max if higher_is_better(name) else min)(values)
     first = next((part for part in parts if _figure(objective, part) is not None), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +32,11 @@ class Limit:
     at_least: bool = False
 
     def excess(self, records: Sequence[Record]) -> float | None:
-        """By how much a trial misses it; 0 or less where it is met, None if nothing recorded it."""
+        """By how much a trial misses it; 0 or less where it is met, infinite for no number, None for none."""
         value = metric(self.metric, records)
-        return None if value is None else (self.bound - value if self.at_least else value - self.bound)
+        if value is None or math.isinf(value):
+            return value
+        return self.bound - value if self.at_least else value - self.bound
 
     @property
     def grows(self) -> bool:
