@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,35 @@ def test_divergence_is_the_worst_value_and_not_the_end(run_file: Path, tmp_path:
     plan = plan_of(run_file, trials=3, pruner="none", enqueue=[{"local.lr": 0.1}])
     trials = carried_out(plan, tmp_path / "out", Curves(lambda run: [None] if run.local.lr == 0.1 else [1.0]))
     assert [trial.value for trial in trials] == [math.inf, 1, 1]
+
+
+class Diverges(Curves):
+    """The trials of `these` numbers diverge in their first round."""
+
+    def __init__(self, losses: Any, these: Sequence[int]) -> None:
+        super().__init__(losses)
+        self.these = these
+
+    def next(self, timeout_seconds: float) -> Event | None:
+        task, _ = self.queue[0]
+        if task in self.these:
+            self.queue.pop(0)
+            return Event(task, "diverged", reason="diverged")
+        return super().next(timeout_seconds)
+
+
+def test_a_trial_that_diverged_keeps_no_constraint(run_file: Path, tmp_path: Path) -> None:
+    """No round of it recorded a figure. Two rounds of 30 bytes: the others miss 50 by 10."""
+    plan = plan_of(run_file, constraints={"bytes": 100}, trials=3, pruner="none")
+    trials = carried_out(plan, tmp_path / "a", Diverges(by_rate, [0]))
+    assert [trial.constraints["bytes <= 100"] for trial in trials] == [math.inf, -40, -40]
+    for limits, these, told in (
+        ({"bytes": 50}, [0], r"bytes <= 50: the nearest trial misses it by 10$"),
+        ({"bytes": 50}, [0, 1, 2], "no trial has a finite value: all diverged"),
+    ):
+        plan = plan_of(run_file, constraints=limits, trials=3, pruner="none")
+        with pytest.raises(UserError, match=told):
+            carried_out(plan, tmp_path / str(len(these)), Diverges(by_rate, these))
 
 
 def test_a_trial_ends_once_its_target_is_reached(run_file: Path, tmp_path: Path) -> None:

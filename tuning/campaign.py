@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -194,7 +195,7 @@ class Driver:
         }
         values, excess = self.plan.values(one.records), [limit.excess(one.records) for limit in self.plan.limits]
         if decided == "worst":
-            values, excess = [worst_of(way) for way in self.plan.ways], [found or 0.0 for found in excess]
+            values, excess = [worst_of(way) for way in self.plan.ways], [math.inf] * len(excess)
         if decided == "over":
             values = [worst_of(way) if value is None else value for way, value in zip(self.plan.ways, values)]
             facts[OPEN] = [limit.name for limit in self.plan.limits if not limit.grows]

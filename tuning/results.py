@@ -43,8 +43,9 @@ def results(plan: Plan, study: optuna.Study, folder: Path, last_failure: str = "
     ]
     if missed:
         raise UserError("constraints: no trial meets\n" + "\n".join(f"  {line}" for line in missed))
-    if all(trial.constraints and max(trial.constraints.values()) > 0 for trial in done):
-        nearest = min(done, key=lambda trial: sum(max(value, 0) for value in trial.constraints.values()))
+    ended = [trial for trial in done if all(map(math.isfinite, trial.constraints.values()))]  # the others diverged
+    if ended and all(trial.constraints and max(trial.constraints.values()) > 0 for trial in ended):
+        nearest = min(ended, key=lambda trial: sum(max(value, 0) for value in trial.constraints.values()))
         over = ", ".join(
             f"{name} by {missed_by(name, nearest)}" for name, value in nearest.constraints.items() if value > 0
         )

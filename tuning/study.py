@@ -258,11 +258,11 @@ def _covers(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 
 
 def unmet(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
-    """Constraint -> the trial that comes nearest, for those that no trial met."""
+    """Constraint -> the trial that comes nearest, for those that no trial met; one that diverged is near to none."""
     nearest: dict[str, FrozenTrial] = {}
     for trial in trials:
         for name, value in trial.constraints.items() if trial.state == TrialState.COMPLETE else ():
-            if name in trial.user_attrs.get(OPEN, ()):
+            if name in trial.user_attrs.get(OPEN, ()) or math.isinf(value):
                 continue
             if name not in nearest or value < nearest[name].constraints[name]:
                 nearest[name] = trial
@@ -270,11 +270,11 @@ def unmet(trials: Iterable[FrozenTrial]) -> dict[str, FrozenTrial]:
 
 
 def misses(trials: Iterable[FrozenTrial]) -> dict[str, tuple[int, int]]:
-    """Constraint -> (how many of the trials that came to an end miss it, how many there are)."""
+    """Constraint -> (how many of the trials that came to an end miss it, how many there are); none that diverged."""
     found: dict[str, tuple[int, int]] = {}
     for trial in trials:
         for name, value in trial.constraints.items() if trial.state == TrialState.COMPLETE else ():
-            if name not in trial.user_attrs.get(OPEN, ()):
+            if name not in trial.user_attrs.get(OPEN, ()) and math.isfinite(value):
                 over, all_of_them = found.get(name, (0, 0))
                 found[name] = over + (value > 0), all_of_them + 1
     return found

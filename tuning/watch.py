@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ class Watch:
         if not values and trial.intermediate_values:
             last = max(trial.intermediate_values)
             told = f"after round {last}: {number(trial.intermediate_values[last], 4)}"
-        missed = [f"{name} by {value:.4g}" for name, value in trial.constraints.items() if value > 0]
+        missed = [f"{name} by {value:.4g}" for name, value in trial.constraints.items() if 0 < value < math.inf]
         point = " ".join(
             f"{key}={self.plan.space.value(key, value)}" if not isinstance(value, float) else f"{key}={value:.4g}"
             for key, value in trial.params.items()
