@@ -136,6 +136,18 @@ def test_a_budget_that_nothing_keeps_is_named(budget: Budget, message: str) -> N
         search(surrogate(budget), 30, "random")
 
 
+def test_an_allocation_that_adapts_nothing_keeps_no_budget() -> None:
+    """Sent are 4 x 16 x 128 bytes, and back 64 for rank 1 on one weight: 8,255 bytes are one too few, 8,256 enough."""
+    problem = surrogate(Budget(100.0, 8255.0))
+    nothing = problem.of_class("slow", {"bits": 0, "batch": 0, "top": 0.0, "fall": 0.0, "keep": 1.0})
+    assert nothing.misses == {**nothing.misses, "bytes": -63.0, "ranks": 1.0}
+    assert not nothing.feasible
+    with pytest.raises(UserError, match="edge slow: no trial keeps the budget; the nearest misses bytes by 1e-06 MB"):
+        search(problem, 60, "random")
+    with pytest.raises(UserError, match="edge slow: no trial keeps the budget, and rank 1 on one weight does"):
+        search(surrogate(Budget(100.0, 8256.0)), 12, "random")
+
+
 def test_what_is_given_is_what_is_planned() -> None:
     edge = demand([choice(8, bits=8, batch=2, memory_bytes_rank=1)], capacity_bytes=180.0)
     plan = given(KEYS, edge, SCORES, 100.0, Allocation(8, 2, {"q": 8, "3.v": 2}))

@@ -126,17 +126,21 @@ def _quality(name: str, found: Search, trials: int, sampler: BaseSampler, free: 
 
 
 def _nearest(found: Search, name: str) -> str:
-    """Which budget a class cannot keep, and by how much its nearest point misses it."""
-    misses = {
-        key: min(outcome.misses[key] for _, outcome in found.points[name]) for key in ("latency", "memory", "bytes")
-    }
+    """Which budget a class cannot keep, and by how much the nearest that adapts a weight misses it."""
+    tried = [*(outcome for _, outcome in found.points[name]), *found.surrogate.least(name)]
+    tried = [outcome for outcome in tried if not outcome.misses["ranks"]]
+    edges = ", ".join(found.surrogate.classes[name])
+    if any(outcome.feasible for outcome in tried):
+        return (
+            f"edge {edges}: no trial keeps the budget, and rank 1 on one weight does; raise it, or give more --trials"
+        )
+    misses = {key: min(outcome.misses[key] for outcome in tried) for key in ("latency", "memory", "bytes")}
     over = {key: miss for key, miss in misses.items() if miss > 0}
     if not over:
-        least = min(found.points[name], key=lambda pair: sum(max(0, miss) for miss in pair[1].misses.values()))[1]
+        least = min(tried, key=lambda outcome: sum(max(0, miss) for miss in outcome.misses.values()))
         over = {key: miss for key, miss in least.misses.items() if miss > 0}
     units = {"latency": ("s", 1), "memory": ("MiB", 2**20), "bytes": ("MB", 1e6)}
     said = ", ".join(f"{key} by {miss / units[key][1]:.4g} {units[key][0]}" for key, miss in over.items())
-    edges = ", ".join(found.surrogate.classes[name])
     return f"edge {edges}: no trial keeps the budget; the nearest misses {said}; raise it, or give more --trials"
 
 

@@ -40,7 +40,8 @@ class Outcome:
     """quality: sum of the planner's values of a class, or their mean over a fleet; seconds: of the slowest edge.
 
     memory_bytes: of the edge that takes most; bytes_round: of all edges, up and down. misses: constraint -> by how much
-    the edge that keeps it worst exceeds it, 0 or less where it is kept. worth: of the ranks alone, summed or mean.
+    the edge that keeps it worst exceeds it, 0 or less where it is kept; `ranks` is 1 where an edge adapts nothing.
+    worth: of the ranks alone, summed or mean.
     """
 
     quality: float
@@ -155,6 +156,12 @@ class Surrogate:
             self._known[known] = self.outcome([self.plan(edge, allocation) for edge in self.classes[name]])
         return self._known[known]
 
+    def least(self, name: str) -> list[Outcome]:
+        """What rank 1 on one weight, narrow and near the output, costs a class with all its bits and batches."""
+        key, (bits, batches) = min(self.keys, key=lambda one: (self._width[one.name], -one.layer)), self.options(name)
+        least = [Allocation(width, batch, {key.name: 1}) for width in bits for batch in batches]
+        return [self.outcome([self.plan(edge, one) for edge in self.classes[name]]) for one in least]
+
     def plan(self, edge: str, allocation: Allocation) -> EdgePlan:
         """What an edge does with an allocation."""
         problem = self.problems[edge]
@@ -167,6 +174,7 @@ class Surrogate:
             "latency": max(plan.seconds for plan in plans) - self.budget.seconds,
             "memory": max(plan.memory_bytes - plan.capacity_bytes for plan in plans),
             "bytes": max(up) + self._down - self.budget.bytes_round,
+            "ranks": float(any(not plan.ranks for plan in plans)),
         }
         return Outcome(
             sum(plan.value for plan in plans), max(plan.seconds for plan in plans),
