@@ -109,7 +109,7 @@ def add_searches(commands: Any, run_file: argparse.ArgumentParser) -> None:
     allocate.add_argument(
         "--memory-from-profiles",
         action="store_true",
-        help="keep every edge's training_memory_bytes (default: no limit)",
+        help="name edges without training_memory_bytes, which have no limit; what others have is always kept",
     )
     allocate.add_argument(
         "--bytes",

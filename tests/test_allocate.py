@@ -311,6 +311,18 @@ def test_the_choice_and_its_gap(planned_file: Path, tmp_path: Path, capsys: pyte
     assert all(path.exists() for path in shown)
 
 
+def test_memory_of_the_profiles_is_kept_without_being_asked(planned_file: Path, tmp_path: Path) -> None:
+    """One byte less than the best takes; a run refuses plans above an edge's capacity."""
+    options = parse(["allocate", str(planned_file), "--latency", "30s", "--trials", "20", "--sampler", "random"])
+
+    def taken(*overrides: str) -> int:
+        run, out = load(planned_file, "method.deadline_seconds=30", *overrides), tmp_path / str(len(overrides))
+        return int(allocate(run, options, out, make_fleet, SerialExecutor, QUIET).outcome.memory_bytes)
+
+    most = taken() - 1
+    assert taken(*(f"fleet.edges.{edge}.training_memory_bytes={most}" for edge in "abc")) <= most
+
+
 def size(given: dict[str, Any]) -> int:
     return int(sum(given["ranks"].values()))
 

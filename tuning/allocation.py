@@ -28,7 +28,7 @@ from fedpipe_ray.survey import surveyed
 from fedpipe_ray.trial import Executor
 
 from .allocate import Candidate, as_settings, front, gap, ranked, search
-from .pareto import Pareto, pareto_table, write_plot
+from .pareto import Pareto, named, pareto_table, write_plot
 from .promotion import FINALISTS, Measured, measure, promoted
 from .settings import SAMPLERS
 from .surrogate import Budget, Outcome, Surrogate
@@ -117,8 +117,9 @@ def survey(
         state, server = asked_of_edges(run, method, make_fleet, display, partial(surveyed, method))
     edges = run.fleet.edges
     shape, demands = method.shape(server), method.demands(state, edges, server)
-    if not options.memory_from_profiles:
-        demands = [dataclasses.replace(one, capacity_bytes=math.inf) for one in demands]
+    free = [one.edge for one in demands if math.isinf(one.capacity_bytes)]
+    if options.memory_from_profiles and free:
+        display.note(f"--memory-from-profiles: no limit of {named(free)}, without training_memory_bytes")
     facts = facts_of(edges, state.numbers, run.data.max_length)
     scores = edge_plans.scores(method, state.numbers, facts, server)
     surrogate = Surrogate(

@@ -98,7 +98,7 @@ def in_short(plan: Allocation) -> str:
 
 
 def named(edges: Sequence[str]) -> str:
-    """A class by its first three edges."""
+    """Edges, such as those of a class, by the first three."""
     return ", ".join(edges[:3]) + (f" and {len(edges) - 3} more" if len(edges) > 3 else "")
 
 
