@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.table import RESULTS, publish
-from fedpipe_ray.__main__ import load
+from fedpipe_ray.__main__ import loader
 from fedpipe_ray.display import Display
 from fedpipe_ray.fleet import Kept
 from fedpipe_ray.settings import Run
@@ -46,7 +46,7 @@ def plan_of(small: bool, **changes: Any) -> Plan:
     settings = {"set": SMALL} if small else {}
     overrides = [f"{key}={value!r}" if isinstance(value, str) else f"{key}={json.dumps(value)}" for key, value in
                  {**settings, **changes}.items()]  # fmt: skip
-    return load_plan(FILE, overrides, load)
+    return load_plan(FILE, overrides, loader)
 
 
 def short(record: Record) -> Record:

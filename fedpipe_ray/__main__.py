@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -121,14 +121,24 @@ def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
 
 def load(config: Path | str, overrides: Sequence[str] = ()) -> Run:
     """The resolved run of a file and its overrides. Raises UserError."""
+    return loader(config)(overrides)
+
+
+def loader(config: Path | str) -> Callable[[Sequence[str]], Run]:
+    """As `load`, of a file that is read once, with other overrides each time."""
     from clusters import find_profiles
 
-    from .config import load_run
+    from .config import run_file
     from .methods import make_method
 
-    run = load_run(Path(config), overrides, find_profiles)
-    make_method(run.method)  # its faults before anything is loaded or pretrained
-    return run
+    read = run_file(Path(config), find_profiles)
+
+    def checked(overrides: Sequence[str]) -> Run:
+        run = read(overrides)
+        make_method(run.method)  # its faults before anything is loaded or pretrained
+        return run
+
+    return checked
 
 
 def new_folder(run: Run, options: argparse.Namespace) -> str:
@@ -282,7 +292,7 @@ def command_tune(options: argparse.Namespace) -> None:
     """A campaign of trials, new or from where it was left."""
     from tuning.plan import load_plan
 
-    plan = load_plan(options.config, options.overrides, load)
+    plan = load_plan(options.config, options.overrides, loader)
     run, settings = plan.base, plan.settings
     if not run.fleet.ray and (settings.parallel > 1 or settings.fleet == "own"):
         raise UserError(f"parallel: {settings.parallel}, fleet: {settings.fleet}: only on Ray; set fleet.ray: true")

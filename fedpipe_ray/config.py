@@ -9,6 +9,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -17,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
 from .settings import Data, Profile, Run
-from .traces import with_traces
+from .traces import Rows, with_traces
 
 T = TypeVar("T")
 FindProfiles = Callable[[str, Path], dict[str, Any]]
@@ -157,13 +158,22 @@ def _keys_at(cls: object, path: Sequence[str]) -> set[str]:
 
 def load_run(path: Path, overrides: Sequence[str], find_profiles: FindProfiles) -> Run:
     """The resolved, checked run: profiles and their traces inline, one explicit source an edge. Raises UserError."""
-    return run_of(apply_overrides(read_yaml(path), overrides), path.parent, find_profiles)
+    return run_file(path, find_profiles)(overrides)
 
 
-def run_of(tree: dict[str, Any], folder: Path, find_profiles: FindProfiles) -> Run:
+def run_file(path: Path, find_profiles: FindProfiles) -> Callable[[Sequence[str]], Run]:
+    """As `load_run`, with other overrides each time: file, profiles and traces are read once. Raises UserError."""
+    tree, traces, find = read_yaml(path), dict[str, Rows](), cache(find_profiles)
+    return lambda overrides: run_of(apply_overrides(tree, overrides), path.parent, find, traces)
+
+
+def run_of(
+    tree: dict[str, Any], folder: Path, find_profiles: FindProfiles, traces: dict[str, Rows] | None = None
+) -> Run:
     """As `load_run`, of what stands in a run file in `folder`. Raises UserError.
 
     find_profiles(name, folder) reads a profile file named in `fleet.profiles`, beside the run file or in clusters/.
+    traces: what was read before of files of traces, by name.
     """
     fleet = tree.get("fleet")
     if isinstance(fleet, dict) and isinstance(fleet.get("profiles"), str):
@@ -171,7 +181,7 @@ def run_of(tree: dict[str, Any], folder: Path, find_profiles: FindProfiles) -> R
         if isinstance(own, dict):
             tree = {**tree, "fleet": (fleet := {**fleet, "edges": _overlay(profiles, own, fleet["profiles"])})}
     if isinstance(fleet, dict) and isinstance(fleet.get("edges"), dict):
-        tree = {**tree, "fleet": {**fleet, "edges": with_traces(fleet["edges"], folder)}}
+        tree = {**tree, "fleet": {**fleet, "edges": with_traces(fleet["edges"], folder, traces)}}
     run = build(Run, tree)
     if not run.fleet.edges:
         raise UserError(

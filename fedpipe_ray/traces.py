@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from .errors import UserError
 
 Trace: TypeAlias = str | list[tuple[float, float]] | None
+Rows: TypeAlias = dict[str, list[list[str]]]  # of a file, by edge
 COLUMNS = ("edge", "from", "to")
 
 
@@ -40,12 +41,12 @@ def next_seconds(trace: Trace, period: float | None, clock_seconds: float) -> fl
     )
 
 
-def with_traces(edges: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def with_traces(edges: Mapping[str, Any], folder: Path, files: dict[str, Rows] | None = None) -> dict[str, Any]:
     """Profiles of a run file, as read, with the traces that they name as files written out. Raises UserError.
 
-    A file is looked for in `folder`, then in the working directory.
+    A file is looked for in `folder`, then in the working directory. files: what was read before, by name; grows.
     """
-    files: dict[str, dict[str, list[list[str]]]] = {}
+    files = {} if files is None else files
     whole = dict(edges)
     for edge, profile in edges.items():
         if isinstance(profile, dict) and isinstance(name := profile.get("trace"), str):
@@ -58,7 +59,7 @@ def with_traces(edges: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return whole
 
 
-def read_traces(name: str, folder: Path, where: str) -> dict[str, list[list[str]]]:
+def read_traces(name: str, folder: Path, where: str) -> Rows:
     """Intervals by edge, as written, in a CSV file with the columns edge, from, to. Raises UserError."""
     path = next((place for place in (folder / name, Path(name)) if place.is_file()), None)
     if path is None:
@@ -69,7 +70,7 @@ def read_traces(name: str, folder: Path, where: str) -> dict[str, list[list[str]
             missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
             if missing:
                 raise UserError(f"{where}: {path} has no column {missing[0]}; its first line must be edge,from,to")
-            found: dict[str, list[list[str]]] = {}
+            found: Rows = {}
             for row in reader:
                 found.setdefault(row["edge"], []).append([with_unit(row[column] or "") for column in COLUMNS[1:]])
     except (OSError, UnicodeDecodeError, csv.Error) as error:

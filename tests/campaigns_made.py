@@ -9,8 +9,8 @@ from typing import Any
 
 import optuna
 import yaml
-from runs import load
 
+from fedpipe_ray.__main__ import loader
 from fedpipe_ray.display import Display
 from fedpipe_ray.settings import Run
 from fedpipe_ray.trial import Event, SerialExecutor
@@ -35,7 +35,7 @@ def campaign(run_file: Path, **changes: Any) -> Path:
 
 
 def plan_of(run_file: Path, **changes: Any) -> Plan:
-    return load_plan(campaign(run_file, **changes), [], lambda path, overrides: load(path, *overrides))
+    return load_plan(campaign(run_file, **changes), [], loader)
 
 
 def carried_out(plan: Plan, folder: Path, executor: Any = None) -> list[optuna.trial.FrozenTrial]:

@@ -15,8 +15,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 from runs import ROOT, here, load
 
-from clusters import find_profiles
-from fedpipe_ray.config import load_run
+from fedpipe_ray.__main__ import loader
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.fleet import Kept, SerialFleet
 from fedpipe_ray.methods import make_method
@@ -45,9 +44,25 @@ def test_a_campaign_ends_with_a_run_file(run_file: Path, tmp_path: Path) -> None
 
 def test_the_example_loads() -> None:
     example = ROOT / "examples" / "campaign.yaml"
-    plan = load_plan(example, [], lambda path, overrides: load_run(path, list(overrides), find_profiles))
+    plan = load_plan(example, [], loader)
     assert len(plan.base.fleet.edges) == 5
     assert plan.settings.search
+
+
+def test_all_trials_are_of_the_run_file_as_it_was(run_file: Path, tmp_path: Path) -> None:
+    """The file, its profiles and a trace are gone after the first trial."""
+    named = {"profiles.yaml": "edges: {a: {trace: trace.csv}, b: {}}\n", "trace.csv": "edge,from,to\na,0,1000\n"}
+    for name, text in named.items():
+        run_file.with_name(name).write_text(text)
+    fleet = {"fleet.profiles": "profiles.yaml", "fleet.edges": None}
+    plan = plan_of(run_file, set=fleet, pruner="none")
+    first = plan.load([])
+    for path in (run_file, *(run_file.with_name(name) for name in named)):
+        path.unlink()
+    trials = carried_out(plan, tmp_path / "out", Curves(by_rate))
+    assert [trial.state for trial in trials] == [TrialState.COMPLETE] * 4
+    assert load(tmp_path / "out" / "best.yaml").fleet == first.fleet
+    assert first.fleet.edges["a"].trace == [(0, 1000)]
 
 
 def test_what_ran_before_in_a_process_changes_no_bit(run_file: Path) -> None:

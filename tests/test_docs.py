@@ -82,13 +82,13 @@ def test_yaml_is_what_the_program_reads(content: str, tmp_path: Path, monkeypatc
     monkeypatch.chdir(ROOT)
     tree, path = yaml.safe_load(content), tmp_path / "snippet.yaml"
     if "search" in tree:
-        from fedpipe_ray.__main__ import load
+        from fedpipe_ray.__main__ import loader
         from tuning.plan import load_plan
 
         path = ROOT / "examples" / "snippet-of-the-docs.yaml"  # campaigns name a run file beside them
         try:
             path.write_text(content)
-            load_plan(path, [], load)
+            load_plan(path, [], loader)
         finally:
             path.unlink(missing_ok=True)
         return

@@ -20,7 +20,7 @@ from .metrics import QUALITY, direction_of, is_evaluated, metric, only_grows, va
 from .settings import Campaign, Objective
 from .space import Space, check_keys, space_of
 
-LoadRun = Callable[[Path, Sequence[str]], Run]
+OpenRun = Callable[[Path], Callable[[Sequence[str]], Run]]  # reads a file; then the run with these key=value
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,17 @@ class Plan:
         )
 
 
-def load_plan(path: Path, overrides: Sequence[str], load_run: LoadRun) -> Plan:
-    """The campaign of a file and its key=value overrides. Raises UserError with what to change."""
+def load_plan(path: Path, overrides: Sequence[str], open_run: OpenRun) -> Plan:
+    """The campaign of a file and its key=value overrides. Raises UserError with what to change.
+
+    The run file is read here, once: all trials are of the same, whatever becomes of it.
+    """
     settings = build(Campaign, apply_overrides(read_yaml(path), overrides))
-    run_file = path.parent / settings.run
+    read = open_run(path.parent / settings.run)
     fixed = [f"{key}={json.dumps(value)}" for key, value in settings.set.items()]
 
     def load(values: Sequence[str]) -> Run:
-        return load_run(run_file, [*fixed, *values])
+        return read([*fixed, *values])
 
     base, space = load([]), space_of(settings.search)
     both = sorted(settings.set.keys() & settings.search.keys())
