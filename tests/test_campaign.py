@@ -16,6 +16,7 @@ from rich.console import Console
 from runs import ROOT, here, load
 
 from fedpipe_ray.__main__ import loader
+from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.fleet import Kept, SerialFleet
 from fedpipe_ray.methods import make_method
@@ -272,6 +273,16 @@ def test_trials_of_unequal_rounds_are_counted_by_their_own(run_file: Path, tmp_p
     trials = carried_out(plan, tmp_path, Curves(by_rate))
     assert plan.most_rounds == 3
     assert rounds_spent(trials, plan) == (4, 4)
+
+
+def test_the_live_table_shows_brackets_as_they_are(run_file: Path, tmp_path: Path) -> None:
+    prompt = "[INST] {question} [/INST]"
+    plan = plan_of(run_file, search={"data.prompt": [prompt], "local.lr": [0.01]}, trials=1)
+    display = Display("live")
+    display.console = Console(width=200, file=io.StringIO(), force_terminal=True, highlight=False, color_system=None)
+    carry_out(plan, tmp_path, lambda: Curves(by_rate), display)
+    shown = display.console.file.getvalue()  # type: ignore[attr-defined]
+    assert f" data.prompt={prompt} local.lr=0.01" in shown  # running, and then as the best
 
 
 def test_the_live_table_counts_misses_of_every_constraint(run_file: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fedpipe_ray.display import Display, number
 
@@ -84,7 +85,7 @@ class Watch:
             values = self.plan.values(one.records) if one.records else []
             shown = [number(value, 4) for value in values if value is not None]
             point = " ".join(f"{key}={value}" for key, value in one.trial.params.items())
-            table.add_row(str(task), f"{len(one.records)}/{one.rounds}", " ".join(shown), point)
+            table.add_row(str(task), f"{len(one.records)}/{one.rounds}", " ".join(shown), Text(point))
         lines = [f"{self.plan.name}: {sum(counts.values())} of {self.plan.settings.trials} trials, "
                  + ", ".join(f"{count} {name}" for name, count in counts.items())]  # fmt: skip
         best = best_of(trials, self.plan.ways)
@@ -94,7 +95,7 @@ class Watch:
         for name, (over, ended) in misses(trials).items():
             nearest = f"; the nearest misses it by {missed_by(name, short[name])}" if name in short else ""
             lines.append(f"constraint {name}: missed by {over} of {ended} trials{nearest}")
-        return Group(*lines, table)
+        return Group(*map(Text, lines), table)  # text: values may have brackets, which are marks of rich's
 
 
 def counts_in_words(trials: list[FrozenTrial], plan: Plan) -> str:
