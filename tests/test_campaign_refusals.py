@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ from tuning.tune import carry_out
         ({"objectives": {"x": {"metric": "bytes", "over": "worst"}}}, "bytes is not evaluated on every edge"),
         ({"objectives": {"x": {"metric": "train_loss", "over": "gap"}}}, "train_loss is not evaluated on every edge"),
         ({"set": {"evaluate.every": 0}}, "loss is never evaluated with evaluate.every: 0"),
+        ({"objectives": {"loss": "minimize", "bytes": "minimize"}, "sampler": "cmaes"}, "cmaes with 2 objectives: it"),
+        ({"constraints": {"bytes": math.nan}}, "constraints.bytes: nan is no number"),
+        ({"constraints": {"bytes": {"at_least": math.inf}}}, "constraints.bytes: inf is no number"),
+        ({"constraints": {"virtual_seconds": "-5s"}}, "constraints.virtual_seconds: -5 is below 0"),
         ({"parallel": 2}, "only on Ray; set fleet.ray: true"),
     ],
 )  # fmt: skip

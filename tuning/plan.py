@@ -181,9 +181,11 @@ def quantity(where: str, name: str, value: Any, run: Run) -> float:
     unit = "second" if last.endswith("seconds") else "byte" if "bytes" in last else None
     if isinstance(value, str) and unit:
         try:
-            return parse_quantity(value, unit)
+            value = parse_quantity(value, unit)
         except ValueError as error:
             raise UserError(f"{where}.{name}: {error}") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UserError(f"{where}.{name}: {value!r} is no number")
+    if value < 0 and not name.startswith("method."):
+        raise UserError(f"{where}.{name}: {value:g} is below 0, and {name} never is; give 0 or more")
     return float(value)

@@ -73,6 +73,10 @@ class Campaign(Section):
             f"pruner: {self.pruner} with {len(self.objectives)} objectives: Optuna does not prune there; "
             "leave pruner out, or keep one objective and make the others constraints",
         )
+        require(
+            self.sampler != "cmaes" or len(self.objectives) == 1,
+            f"sampler: cmaes with {len(self.objectives)} objectives: it knows one; use nsga2, nsga3, tpe or gp",
+        )
 
     @property
     def pruner_name(self) -> str:
