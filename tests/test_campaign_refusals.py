@@ -45,6 +45,8 @@ from tuning.tune import carry_out
         ({"constraints": {"bytes": math.nan}}, "constraints.bytes: nan is no number"),
         ({"constraints": {"bytes": {"at_least": math.inf}}}, "constraints.bytes: inf is no number"),
         ({"constraints": {"virtual_seconds": "-5s"}}, "constraints.virtual_seconds: -5 is below 0"),
+        ({"objectives": {"x": {"metric": "loss", "until": {"bytes": "1GB"}}}}, "x.until: bytes only grows, so"),
+        ({"objectives": {"x": {"metric": "loss", "within": {"loss": 2}}}}, "x.within: loss does not add up"),
         ({"parallel": 2}, "only on Ray; set fleet.ray: true"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from fedpipe_ray.quantity import parse_quantity
 from fedpipe_ray.settings import Run
 from fedpipe_ray.trial import Record
 
-from .metrics import QUALITY, direction_of, is_evaluated, metric, only_grows, value_of
+from .metrics import COSTS, QUALITY, direction_of, is_evaluated, metric, only_grows, value_of
 from .settings import Campaign, Objective
 from .space import Space, check_keys, space_of
 
@@ -159,6 +159,15 @@ def objective_of(name: str, spec: Any, run: Run) -> Objective:
         key: {metric: quantity(f"{where}.{key}", metric, value, run) for metric, value in getattr(found, key).items()}
         for key in ("within", "until")
     }
+    for name in found.until:
+        if only_grows(name):
+            raise UserError(
+                f"{where}.until: {name} only grows, so it is no target to reach; as a budget it is `within`"
+            )
+    for name in found.within:
+        if not only_grows(name):
+            costs = ", ".join(COSTS[:5])
+            raise UserError(f"{where}.within: {name} does not add up, so it is no budget; {costs} and others are")
     if found.over == "gap":
         better = "minimize"
     return dataclasses.replace(found, way=better if found.way == "auto" else found.way, **bounds)  # type: ignore[arg-type]  # the way is named, bounds are numbers
