@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -14,6 +17,7 @@ from campaigns_made import Curves, Stops, by_rate, campaign, carried_out, plan_o
 from optuna.trial import TrialState
 from runs import ROOT, command, env, here
 
+from fedpipe_ray.errors import UserError
 from tuning.study import RETRY_OF, mended, open_storage, recover, sampler_of
 from tuning.tune import study_of
 
@@ -56,6 +60,58 @@ def test_a_torn_line_of_the_journal_is_taken_away(tmp_path: Path) -> None:
     again = optuna.load_study(storage=open_storage(None, tmp_path), study_name="s")
     again.tell(again.ask(), 2.0)
     assert [t.value for t in again.trials] == [1, 2]
+
+
+@pytest.mark.parametrize("tail", [b'{"op_code": 4, "wor\n', b"\0" * 9 + b"\n", b"\xff\n", b"\0" * 9])
+def test_a_damaged_last_line_of_the_journal_is_taken_away(run_file: Path, tmp_path: Path, tail: bytes) -> None:
+    trials = carried_out(plan_of(run_file), tmp_path, Curves(by_rate))
+    with (tmp_path / "journal.log").open("ab") as file:
+        file.write(tail)
+    assert carried_out(plan_of(run_file), tmp_path, Curves(by_rate)) == trials
+
+
+def test_another_damaged_line_is_named(run_file: Path, tmp_path: Path) -> None:
+    carried_out(plan_of(run_file), tmp_path, Curves(by_rate))
+    path = tmp_path / "journal.log"
+    first, second, rest = path.read_bytes().split(b"\n", 2)
+    path.write_bytes(first + b"\n" + second[:9] + b"\n" + rest)
+    with pytest.raises(UserError, match=r"journal\.log: line 2 is damaged; bring the file back"):
+        carried_out(plan_of(run_file), tmp_path, Curves(by_rate))
+    (tmp_path / "study.json").write_text("")
+    with pytest.raises(UserError, match=r"study\.json is damaged; remove it if"):
+        carried_out(plan_of(run_file), tmp_path, Curves(by_rate))
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """No file grows above so many bytes, as on a full disk."""
+    handler, before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_the_journal_is_cut_and_not_written_anew(tmp_path: Path) -> None:
+    """Where nothing can be written, nothing may be lost either."""
+    path = tmp_path / "journal.log"
+    path.write_bytes(b'{}\n{"op_')
+    with files_of_at_most(1):
+        mended(path)
+    assert path.read_bytes() == b"{}\n"
+
+
+def test_a_full_disk_ends_the_driver_with_what_to_do(run_file: Path, tmp_path: Path) -> None:
+    plan, said = (
+        plan_of(run_file, pruner="none"),
+        "cannot write to .*: File too large; make room, then the same command goes on",
+    )
+    with files_of_at_most(3000), pytest.raises(UserError, match=said):
+        carried_out(plan, tmp_path, Curves(by_rate))
+    trials = carried_out(plan, tmp_path, Curves(by_rate))
+    assert [trial.state for trial in trials].count(TrialState.COMPLETE) == 4
 
 
 def test_a_sampler_that_goes_on_does_not_begin_again() -> None:

@@ -98,7 +98,12 @@ def own_folder(folder: Path, name: str, storage: str) -> Iterator[None]:
         raise UserError(f"{folder} holds a run; give the campaign a folder of its own with --out")
     with locked(folder, "a campaign"):
         mark, path = {"name": name, "storage": storage}, folder / "study.json"
-        theirs = json.loads(path.read_text()) if path.exists() else mark
+        try:
+            theirs = json.loads(path.read_text()) if path.exists() else mark
+        except ValueError:
+            raise UserError(
+                f"{path} is damaged; remove it if {folder} is this campaign's, or give another --out"
+            ) from None
         if theirs != mark:
             raise UserError(
                 f"{folder} holds campaign {theirs['name']!r}, stored in {theirs['storage']}; this is {name!r}, stored "

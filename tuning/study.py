@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -93,15 +94,31 @@ def hidden(url: str) -> str:
 
 
 def mended(path: Path) -> Path:
-    """A journal file without a torn last line and without the lock of a process that is gone."""
+    """A journal file without a torn last line and without the lock of a process that is gone.
+
+    Raises UserError for another damaged line. The file is cut, not written anew: a kill then would lose all of it.
+    """
     for lock in path.parent.glob(f"{path.name}.lock*"):
         lock.unlink()
-    if path.exists():
-        content = path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            path.write_bytes(whole)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    size = sum(map(len, lines))
+    if lines and not is_whole(lines[-1]):
+        os.truncate(path, size - len(lines.pop()))
+    for number, line in enumerate(lines, 1):
+        if not is_whole(line):
+            raise UserError(
+                f"{path}: line {number} is damaged; bring the file back from a copy, or move it away to begin anew, or "
+                "give the campaign another folder with --out"
+            )
     return path
+
+
+def is_whole(line: bytes) -> bool:
+    """Whether a line of a journal was written to its end."""
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:  # of JSON or of UTF-8
+        return False
 
 
 def open_study(

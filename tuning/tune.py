@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import optuna
@@ -22,6 +23,8 @@ from .report import write_report
 from .results import results
 from .study import close_storage, enqueue, hidden, open_storage, open_study, pruner_of, sampler_of, with_driver
 from .watch import Watch, counts_in_words
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or a limit, says
 
 
 def study_of(plan: Plan, folder: Path) -> optuna.Study:
@@ -50,32 +53,44 @@ def carry_out(plan: Plan, folder: Path, make_executor: Callable[[], Executor], d
         display.note("track: trials go to no tracker; run the best one, best.yaml, to see its rounds there")
     settings = plan.settings
     where = hidden(settings.storage) if settings.storage else "journal.log"
-    with own_folder(folder, plan.name, where), ExitStack() as stack:
-        try:
-            study = study_of(plan, folder)
-            stack.callback(close_storage, study)
-            claim = Claim(study, folder)
-            stack.callback(claim.release)
-            enqueue(study, plan.space, settings.enqueue)  # its faults before a worker starts
-            watch = Watch(plan, study, display)
+    with told(plan.name, where, folder), own_folder(folder, plan.name, where), ExitStack() as stack:
+        study = study_of(plan, folder)
+        stack.callback(close_storage, study)
+        claim = Claim(study, folder)
+        stack.callback(claim.release)
+        enqueue(study, plan.space, settings.enqueue)  # its faults before a worker starts
+        watch = Watch(plan, study, display)
 
-            def show(driver: Driver) -> None:
-                claim.check()
-                watch.show(driver)
+        def show(driver: Driver) -> None:
+            claim.check()
+            watch.show(driver)
 
-            with closing(make_executor()) as executor, watch.showing():
-                driver = Driver(plan, study, executor, folder, show)
-                driver.go()
-            _write_results(plan, study, folder, driver.last_failure, watch)
-        except (StorageInternalError, OperationalError) as error:
-            why = str(error.__cause__ or error).splitlines()[0]
-            raise UserError(f"storage: {where} went away: {why}; when it is back, the same command goes on") from None
-        except UpdateFinishedTrialError:
-            raise UserError(
-                f"study {plan.name!r} was taken over by another driver, which ended a trial of this one; let only one "
-                "go on: the same command, when the other has ended"
-            ) from None
+        with closing(make_executor()) as executor, watch.showing():
+            driver = Driver(plan, study, executor, folder, show)
+            driver.go()
+        _write_results(plan, study, folder, driver.last_failure, watch)
     return study
+
+
+@contextmanager
+def told(name: str, where: str, folder: Path) -> Iterator[None]:
+    """Errors of what a campaign is stored in, `where` and `folder`, as UserError with what to do."""
+    try:
+        yield
+    except (StorageInternalError, OperationalError) as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"storage: {where} went away: {why}; when it is back, the same command goes on") from None
+    except UpdateFinishedTrialError:
+        raise UserError(
+            f"study {name!r} was taken over by another driver, which ended a trial of this one; let only one "
+            "go on: the same command, when the other has ended"
+        ) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; make room, then the same command goes on"
+        ) from None
 
 
 def _write_results(plan: Plan, study: optuna.Study, folder: Path, last_failure: str, watch: Watch) -> None:
