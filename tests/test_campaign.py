@@ -129,6 +129,21 @@ def test_values_that_exclude_each_other_fail_their_trial_alone(run_file: Path, t
     assert "local.accumulate: 2 parts of a batch of 1" in trials[1].user_attrs["reason"]
 
 
+def test_repeats_of_a_trial_that_failed_by_itself_fail_at_once(run_file: Path, tmp_path: Path) -> None:
+    """Also at the next start; but a point that is queued is tried."""
+
+    class Fails(Curves):
+        def next(self, timeout_seconds: float) -> Event | None:
+            return Event(self.queue.pop(0)[0], "failed", reason="its own fault")
+
+    settings: dict[str, Any] = {"search": {"method.rank": [2]}, "pruner": "none"}
+    for trials, enqueue, asked in ((3, [], [0]), (4, [], []), (4, [{"method.rank": 2}], [4])):
+        executor = Fails(by_rate)
+        with pytest.raises(UserError, match="the last fault: its own fault"):
+            carried_out(plan_of(run_file, **settings, trials=trials, enqueue=enqueue), tmp_path, executor)
+        assert executor.asked == asked
+
+
 def test_divergence_is_the_worst_value_and_not_the_end(run_file: Path, tmp_path: Path) -> None:
     plan = plan_of(run_file, trials=3, pruner="none", enqueue=[{"local.lr": 0.1}])
     trials = carried_out(plan, tmp_path / "out", Curves(lambda run: [None] if run.local.lr == 0.1 else [1.0]))

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from runs import ROOT, command, env, here
 
 from fedpipe_ray.errors import UserError
+from fedpipe_ray.trial import Event
 from tuning.study import RETRY_OF, mended, open_storage, recover, sampler_of
 from tuning.tune import study_of
 
@@ -47,6 +48,30 @@ def test_a_kill_between_copy_and_failure_makes_no_second_copy(tmp_path: Path) ->
     assert recover(study) == []
     assert [t.state.name for t in study.trials] == ["FAIL", "WAITING"]
     assert study.ask({"x": optuna.distributions.FloatDistribution(0, 1)}).params == trial.params
+
+
+class Killed(BaseException):
+    """Ends a driver that can do nothing more."""
+
+
+def test_a_trial_that_kills_its_driver_is_not_tried_for_ever(run_file: Path, tmp_path: Path) -> None:
+    """One retry: the second kill is the last of trial 0, and the others are done. Stops count for nothing."""
+
+    class Kills(Curves):
+        def next(self, timeout_seconds: float) -> Event | None:
+            raise kind
+
+    plan = plan_of(run_file, trials=3, retries=1, pruner="none")
+    for kind in (KeyboardInterrupt, Killed, KeyboardInterrupt, Killed):
+        with pytest.raises(kind):
+            carried_out(plan, tmp_path, Kills(by_rate))
+    trials = carried_out(plan, tmp_path, Curves(by_rate))
+    assert [(t.state.name, t.user_attrs.get(RETRY_OF)) for t in trials] == [
+        ("FAIL", None), ("FAIL", 0), ("FAIL", 1), ("FAIL", 2), ("COMPLETE", None), ("COMPLETE", None)
+    ]  # fmt: skip
+    assert trials[3].user_attrs["reason"].startswith("2 drivers ended unasked while it was at work; `enqueue`")
+    more = carried_out(plan_of(run_file, trials=3, enqueue=[trials[0].params]), tmp_path, Curves(by_rate))
+    assert [t.state for t in more[6:]] == [TrialState.COMPLETE]
 
 
 def test_a_torn_line_of_the_journal_is_taken_away(tmp_path: Path) -> None:

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fedpipe_ray.errors import UserError
+from fedpipe_ray.errors import Interrupted, UserError
 from fedpipe_ray.files import write_atomically
 from fedpipe_ray.trial import Event, Executor, Record
 
 from .metrics import metric, missing, nearest, worst_of
 from .plan import Plan
-from .study import OPEN, REPEAT_OF, counted, enqueue, recover, should_prune
+from .study import ENQUEUED, OPEN, OWN_FAULT, REPEAT_OF, STOPPED, counted, enqueue, recover, should_prune
 
 log = logging.getLogger("fedpipe")
 
@@ -86,7 +86,8 @@ class Driver:
 
     def go(self) -> None:
         """Runs all trials that are left."""
-        left = recover(self.study)
+        own_process = not self.plan.base.fleet.ray  # a trial may then be what killed the driver
+        left = recover(self.study, self.plan.settings.retries if own_process else math.inf)
         if left:
             log.info("trials %s were running when the driver ended; each is tried once more", left)
         for number in left:
@@ -94,10 +95,21 @@ class Driver:
         enqueue(self.study, self.plan.space, self.plan.settings.enqueue)
         trials = self.study.get_trials(deepcopy=False)
         for trial in trials:
-            if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and REPEAT_OF not in trial.user_attrs:
+            told = trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or OWN_FAULT in trial.user_attrs
+            if told and REPEAT_OF not in trial.user_attrs:
                 self.known[key_of(trial.params)] = trial
         waiting = sum(trial.state == TrialState.WAITING for trial in trials)
         to_ask = max(self.plan.settings.trials - counted(trials), 0) + waiting
+        try:
+            self._carry_out(to_ask)
+        except (Interrupted, KeyboardInterrupt):
+            for one in self.running.values():
+                for trial in (one.trial, *one.followers):
+                    trial.set_user_attr(STOPPED, True)
+            raise
+
+    def _carry_out(self, to_ask: int) -> None:
+        """Asks for so many trials, and takes what becomes of them."""
         while to_ask or self.running:
             while to_ask and len(self.running) < self.plan.settings.parallel:
                 to_ask -= 1
@@ -112,8 +124,9 @@ class Driver:
         """Starts the trial that Optuna wants next, or answers at once what is known."""
         trial = self.study.ask(dict(self.plan.space.distributions))
         key = key_of(trial.params)
-        if key in self.known:
-            self._repeat(trial, self.known[key])
+        known = self.known.get(key)
+        if known is not None and not (known.state == TrialState.FAIL and ENQUEUED in trial.user_attrs):
+            self._repeat(trial, known)
             return
         same = next((one for one in self.running.values() if one.key == key), None)
         if same is not None:
@@ -148,7 +161,7 @@ class Driver:
             return
         if decided in ("prune", "settled", "over"):
             self.executor.cancel(event.task)
-        self._end(one, decided, event.reason)
+        self._end(one, decided, event.reason, broken=event.kind == "broken")
 
     def _check_names(self, one: Running) -> None:
         """Raises UserError after a first round that lacks a metric which no trial can have, unless methods differ."""
@@ -180,7 +193,7 @@ class Driver:
             one.reported = step
         return should_prune(self.study, one.trial, self._infeasible)
 
-    def _end(self, one: Running, decided: Verdict, reason: str) -> None:
+    def _end(self, one: Running, decided: Verdict, reason: str, broken: bool) -> None:
         """Writes a trial's rounds, tells Optuna, and answers the trials that waited for the same."""
         number = one.trial.number
         lines = "".join(json.dumps(record) + "\n" for record in one.records)
@@ -209,11 +222,12 @@ class Driver:
             self.last_failure = reason
             log.warning("trial %d failed: %s", number, reason)
             facts["reason"] = reason
+            facts |= {} if broken else {OWN_FAULT: True}
         told = [one.trial, *one.followers]
         for trial in told:
             extra = {} if trial is one.trial else {REPEAT_OF: number}
             self._tell(trial, decided, values, excess, {**facts, **extra})
-        if decided != "fail":
+        if not broken:
             self.known[one.key] = self.study.get_trials(deepcopy=False)[number]
 
     def _rounds_of(self, number: int) -> Path:
@@ -236,16 +250,18 @@ class Driver:
             self.study.tell(trial, [float(value or 0.0) for value in values])
 
     def _repeat(self, trial: Trial, known: FrozenTrial) -> None:
-        """Answers a trial whose values were tried before: the same bits would come again."""
+        """Answers a trial whose values were tried before: the same bits, or the same fault, would come again."""
         trial.set_user_attr(REPEAT_OF, known.number)
-        for name in (OPEN, "rounds", "nearest"):
+        for name in (OPEN, OWN_FAULT, "reason", "rounds", "nearest"):
             if name in known.user_attrs:
                 trial.set_user_attr(name, known.user_attrs[name])
         for step, value in known.intermediate_values.items():
             trial.report(value, step)
         for name, value in known.constraints.items():
             trial.set_constraint(name, value)
-        if known.state == TrialState.PRUNED:
-            self.study.tell(trial, state=TrialState.PRUNED)
+        if known.state == TrialState.FAIL:
+            self.last_failure = known.user_attrs["reason"]
+        if known.state != TrialState.COMPLETE:
+            self.study.tell(trial, state=known.state)
         else:
             self.study.tell(trial, known.values)

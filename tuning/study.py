@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import warnings
@@ -35,7 +36,10 @@ from .space import Space
 
 OWNER = "campaign"  # the study's attribute that says whose it is
 RETRY_OF, REPEAT_OF, ENQUEUED = "retry_of", "repeat_of", "enqueued"  # of trials: a number, a number, a point
+STOPPED = "stopped"  # of trials at work when their driver was asked to stop: nothing had gone wrong
+OWN_FAULT = "own_fault"  # of trials that failed by themselves, and would again
 OPEN = "open"  # of trials stopped above a bound: names of the constraints of which their last round would have told
+log = logging.getLogger("fedpipe")
 DRIVERS = {"postgresql": "psycopg", "mysql": "pymysql"}
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -222,15 +226,30 @@ def counted(trials: Sequence[FrozenTrial]) -> int:
     return len(trials) - len(superseded(trials))
 
 
-def recover(study: optuna.Study) -> list[int]:
+def kills(trials: Sequence[FrozenTrial], number: int) -> int:
+    """How many drivers ended over a trial that runs, and those that it tries again, without being asked to stop."""
+    found, at = 0, number
+    while True:
+        found += STOPPED not in trials[at].user_attrs
+        if RETRY_OF not in trials[at].user_attrs:
+            return found
+        at = trials[at].user_attrs[RETRY_OF]
+
+
+def recover(study: optuna.Study, retries: float = math.inf) -> list[int]:
     """Fails every trial that a killed driver left running, and queues each once more; their numbers.
 
-    The copy comes first, so that a kill in between loses none; and a copy that is there is not made again.
+    retries: of one with more `kills` no copy is made. The copy comes first, so that a kill in between loses none; and a
+    copy that is there is not made again.
     """
     trials = study.get_trials(deepcopy=False)
     left, known = [trial for trial in trials if trial.state == TrialState.RUNNING], superseded(trials)
     for trial in left:
-        if trial.number not in known:
+        if trial.number not in known and (often := kills(trials, trial.number)) > retries:
+            reason = f"{often} drivers ended unasked while it was at work; `enqueue` its values to try it again"
+            log.warning("trial %d failed: %s", trial.number, reason)
+            study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+        elif trial.number not in known:
             fixed = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
             attributes = {key: trial.user_attrs[key] for key in (ENQUEUED,) if key in trial.user_attrs}
             study.enqueue_trial(fixed, user_attrs={**attributes, RETRY_OF: trial.number})
