@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -297,10 +297,15 @@ def warn_of(outcomes: Iterable[Report | Lost], round: int) -> None:
 
 def early_stop(run: Run, point: Checkpoint) -> str | None:
     """Why to stop after this checkpoint's round: the target is reached, or patience is at its end; None to go on."""
-    settings, found = run.evaluate, [entry["loss"] for entry in point.history]
-    losses = [math.inf if loss is None or math.isnan(loss) else loss for loss in found]  # JSON has null for NaN
-    if not losses or point.history[-1]["round"] != point.start.round:
+    if not point.history or point.history[-1]["round"] != point.start.round:
         return None
+    return stop_reason(run, [entry["loss"] for entry in point.history])
+
+
+def stop_reason(run: Run, found: Sequence[float | None]) -> str | None:
+    """As `early_stop`, after the last of these validation losses."""
+    settings = run.evaluate
+    losses = [math.inf if loss is None or math.isnan(loss) else loss for loss in found]  # JSON has null for NaN
     if settings.target is not None and losses[-1] <= settings.target:
         return f"validation loss {losses[-1]:.4f} reached evaluate.target {settings.target}"
     since = len(losses) - 1 - losses.index(min(losses))

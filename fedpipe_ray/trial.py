@@ -15,7 +15,7 @@ from .fleet import Fleet, Kept, SerialFleet
 from .methods import make_method
 from .methods.base import Method
 from .record import finite, round_record
-from .run import rounds_of, server_site
+from .run import rounds_of, server_site, stop_reason
 from .server_checks import check_server
 from .settings import Run
 
@@ -53,7 +53,11 @@ class Executor(Protocol):
 
 
 def records_of(run: Run, open_fleet: Callable[[Run, Method], Fleet]) -> Iterator[Record]:
-    """The record of each round of a run, as it is done; the fleet ends with it. Raises UserError, AllEdgesLost."""
+    """The record of each round of a run, as it is done; the fleet ends with it.
+
+    evaluate.patience and evaluate.target end it. Raises UserError, AllEdgesLost.
+    """
+    losses: list[float | None] = []
     method = make_method(run.method)
     check_buffered(run, method)
     check_server(run, method)
@@ -62,6 +66,10 @@ def records_of(run: Run, open_fleet: Callable[[Run, Method], Fleet]) -> Iterator
         server = server_site(run, method, list(getattr(fleet, "classes", [])))
         for done in rounds_of(run, method, fleet, server):
             yield finite(round_record(done))
+            if "loss" in done.quality:
+                losses.append(done.quality["loss"])
+                if stop_reason(run, losses) is not None:
+                    return
 
 
 def ended(task: int, error: Exception) -> Event:

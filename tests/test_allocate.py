@@ -215,8 +215,9 @@ def test_no_place_on_the_front_is_favoured() -> None:
 
 def measured_by(curves: dict[int, list[float]], run_file: Path, folder: Path) -> dict[int, Measured]:
     """What runs with these losses by round give; a run's seed is its number."""
-    runs = {at: load(run_file, f"seed={at}", f"rounds={len(curve)}") for at, curve in curves.items()}
-    executor = Curves(lambda run: curves[run.seed][: run.rounds])
+    keys = ("evaluate.patience=1", "evaluate.target=9")  # which would end runs that are to be compared
+    runs = {at: load(run_file, f"seed={at}", f"rounds={len(curve)}", *keys) for at, curve in curves.items()}
+    executor = Curves(lambda run: curves[run.seed][: run.rounds if run.evaluate.patience is None else 1])
     return measure(runs, folder, lambda: executor, QUIET)
 
 

@@ -80,6 +80,18 @@ def test_what_ran_before_in_a_process_changes_no_bit(run_file: Path) -> None:
     assert not kept.data
 
 
+def test_a_trial_stops_where_its_run_would(run_file: Path) -> None:
+    """Any loss reaches a target of 99; with patience 1 one that does not fall, at rate 0, is the last."""
+
+    def rounds(*overrides: str) -> int:
+        return len(list(records_of(load(run_file, "rounds=4", *overrides), SerialFleet)))
+
+    assert rounds("evaluate.target=99") == 1
+    assert rounds("evaluate.patience=1", "local.lr=1e-30") == 2
+    assert rounds("evaluate.target=99", "evaluate.every=3") == 3
+    assert rounds("evaluate.patience=4") == 4
+
+
 def test_pruning_spares_rounds_and_keeps_the_best(run_file: Path, tmp_path: Path) -> None:
     """20 trials of 6 rounds by formula, random points: the same best with at most 60 % of the rounds."""
     found = {}

@@ -104,6 +104,7 @@ class Plan:
             "constraints": sorted(limit.name for limit in self.limits),
             "run": training_hash(self.base),
             "rounds": self.base.rounds,
+            "evaluate": [self.base.evaluate.patience, self.base.evaluate.target],  # a run may change them on resume
         }
 
     def values(self, records: Sequence[Record]) -> list[float | None]:

@@ -68,6 +68,8 @@ def measure(
     Leaves the rounds of all in `folder`, N-rounds/trials/*.jsonl in the order of the numbers. Raises UserError if none
     comes to an end with a finite loss.
     """
+    runs = {at: dataclasses.replace(run, evaluate=dataclasses.replace(run.evaluate, patience=None, target=None))
+            for at, run in runs.items()}  # fmt: skip
     asked = next(iter(runs.values())).rounds
     found: dict[int, Measured] = {}
     left, rounds = dict(runs), 1
