@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from . import commands
 from .arguments import parse
 from .errors import AllEdgesLost, Interrupted, UserError
-from .process import REPOSITORY, clean_up_on_sigterm, close_log, closing, set_up_logging, siblings
+from .process import REPOSITORY, Stoppable, clean_up_on_sigterm, close_log, closing, set_up_logging, siblings
 
 if TYPE_CHECKING:
     from .fleet import Fleet
@@ -113,7 +113,7 @@ def make_executor(run: Run, parallel: int, own_fleet: bool) -> Executor:
     if run.fleet.ray:
         from actors.pool import TrialPool
 
-        return TrialPool(run, parallel, own_fleet)
+        return Stoppable(TrialPool(run, parallel, own_fleet))
     from .trial import SerialExecutor
 
     return SerialExecutor()
@@ -279,11 +279,11 @@ def command_allocate(options: argparse.Namespace) -> None:
 
     display = Display(run.track.display)
     set_up_logging(display, None)
-    clean_up_on_sigterm()
     from tuning.allocation import allocate
 
     out = options.out or Path("runs") / f"allocate-{options.config.stem}"
     with starting_ray(run):
+        clean_up_on_sigterm()  # Ray has taken the signal
         measure = partial(make_executor, run, 1, False)
         allocate(run, options, out, make_fleet, measure, display)
 
@@ -300,11 +300,11 @@ def command_tune(options: argparse.Namespace) -> None:
 
     display = Display(run.track.display)
     set_up_logging(display, None)
-    clean_up_on_sigterm()
     make = partial(make_executor, run, settings.parallel, settings.fleet == "own")
     out = options.out or Path("runs") / plan.name
     try:
         with starting_ray(run):
+            clean_up_on_sigterm()  # Ray has taken the signal
             from tuning.tune import carry_out
 
             from .run import pretrain

@@ -18,6 +18,8 @@ from .errors import Interrupted, UserError
 if TYPE_CHECKING:
     from .display import Display
     from .fleet import Fleet
+    from .settings import Run
+    from .trial import Event, Executor
 
 log = logging.getLogger("fedpipe")
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -55,6 +57,35 @@ def clean_up_on_sigterm() -> None:
         raise Interrupted(signum)
 
     signal.signal(signal.SIGTERM, stop)
+
+
+class Stoppable:
+    """An executor that SIGTERM ends by Interrupted from its `next`.
+
+    Ray takes the signal when it starts, and ends the process with its stack; and an exception out of a handler becomes
+    another one within Ray's calls. So this is made once Ray has started, and its handler only takes a note.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor, self._asked = executor, list[int]()
+        signal.signal(signal.SIGTERM, lambda signum, _: self._asked.append(signum))
+
+    def submit(self, task: int, run: Run) -> None:
+        """As an executor's, like the others."""
+        self._executor.submit(task, run)
+
+    def next(self, timeout_seconds: float) -> Event | None:
+        """Raises Interrupted if SIGTERM came."""
+        if self._asked:
+            raise Interrupted(self._asked[0])
+        return self._executor.next(timeout_seconds)
+
+    def cancel(self, task: int) -> None:
+        self._executor.cancel(task)
+
+    def close(self) -> None:
+        self._executor.close()
+        clean_up_on_sigterm()
 
 
 def siblings() -> None:

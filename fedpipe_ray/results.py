@@ -28,6 +28,7 @@ from .message import Message
 from .methods.base import Method
 from .model import Base, empty_model, load_tokenizer
 from .planning import EdgePlan
+from .process import clean_up_on_sigterm
 from .record import RunFolder
 from .run import Experiment, MakeFleet, preflight, server_site
 from .settings import Data, Run
@@ -204,6 +205,7 @@ def asked_of_edges(
     """(what `ask` finds out with the fleet and the server's site, that site); the fleet is opened for it alone."""
     with tempfile.TemporaryDirectory(prefix="fedpipe-plan-") as place:
         experiment = Experiment(run, method, RunFolder(Path(place)), make_fleet, display)
+        clean_up_on_sigterm()  # Ray has taken the signal
         try:
             experiment.open()
             with display.watching(experiment.fleet, "scoring the candidate weights"):

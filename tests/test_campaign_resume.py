@@ -148,6 +148,27 @@ def test_a_sampler_that_goes_on_does_not_begin_again() -> None:
 
 
 @pytest.mark.services
+def test_sigterm_while_ray_works_is_a_stop(run_file: Path, tmp_path: Path, ray_folder: Path) -> None:
+    """Ray takes the signal when it starts."""
+    out, path = tmp_path / "out", campaign(run_file, trials=99, pruner="none", set={"rounds": 3, "fleet.ray": True})
+    surroundings = env(RAY_TMPDIR=str(ray_folder))
+    with (tmp_path / "log").open("w") as file:
+        process = subprocess.Popen(
+            command("tune", path, "--out", out), cwd=ROOT, env=surroundings, stdout=file, stderr=file
+        )
+    deadline = time.monotonic() + 240
+    while not list((out / "trials").glob("*.jsonl")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert f"stopped; the same command goes on from {out}" in (tmp_path / "log").read_text()
+    trials = optuna.load_study(study_name="campaign", storage=open_storage(None, out)).trials
+    assert [t.user_attrs.get("stopped") for t in trials if t.state == TrialState.RUNNING] == [True]
+
+
+@pytest.mark.services
 def test_kill_minus_nine_and_go_on(run_file: Path, tmp_path: Path) -> None:
     """A driver in a process of its own, killed while it trains; then the same command."""
     out, path = tmp_path / "out", campaign(run_file, trials=6, pruner="none", set={"rounds": 3})
