@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 3
     except Interrupted as error:
         return 128 + error.signum
+    except SystemError as error:  # what an exception out of a signal's handler becomes within Ray's calls
+        if not isinstance(error.__cause__, Interrupted):
+            raise
+        return 128 + error.__cause__.signum
     except KeyboardInterrupt:
         print("fedpipe: stopped", file=sys.stderr)
         return 130

@@ -212,6 +212,7 @@ def asked_of_edges(
                 return ask(experiment.fleet, experiment.server), experiment.server
         finally:
             experiment.fleet.close()
+            clean_up_on_sigterm()  # and leaves it to the kernel when it ends
 
 
 def write_plan(path: Path, deadline: float, plans: Mapping[str, EdgePlan]) -> None:

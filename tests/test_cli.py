@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -15,6 +16,7 @@ from runs import ROOT, command, env, fedpipe
 
 from fedpipe_ray.__main__ import COMMANDS, main
 from fedpipe_ray.arguments import parse, parser
+from fedpipe_ray.errors import Interrupted
 from fedpipe_ray.methods import METHODS, make_method, method_class
 
 HEAVY = ("plotly", "torch", "ray", "transformers", "peft", "pyarrow", "bitsandbytes", "optuna", "datasets")
@@ -142,6 +144,17 @@ def test_a_missing_file_ends_with_2_and_one_line(capsys: pytest.CaptureFixture[s
     captured = capsys.readouterr()
     assert captured.err.startswith("fedpipe: no file no-such-file.yaml")
     assert len(captured.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_within_a_call_of_ray_is_a_stop(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was compiled with Cython makes a SystemError of any exception that a signal's handler raises within it."""
+
+    def stopped(_: Any) -> None:
+        raise SystemError("returned a result with an exception set") from Interrupted(number)
+
+    monkeypatch.setitem(COMMANDS, "methods", stopped)
+    assert main(["methods"]) == 128 + number
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
