@@ -116,7 +116,7 @@ def add_searches(commands: Any, run_file: argparse.ArgumentParser) -> None:
         type=partial(quantity, "byte"),
         default=math.inf,
         metavar="B",
-        help="an edge's in a round, up and down: of adapters in wire.dtype, without names, framing or a head",
+        help="an edge's in a round, up and down: of tensors as they travel, without names and framing",
     )
     allocate.add_argument("--trials", type=int, default=300, metavar="N", help="of every class (default: 300)")
     allocate.add_argument(

@@ -31,7 +31,7 @@ KEYS = [Key(f"{layer}.{kind}", kind, layer, 8, 8) for layer in range(4) for kind
 SCORES = np.array([0.2, 0.05] * 4)
 
 
-def surrogate(budget: Budget, capacity: float = 400.0) -> Surrogate:
+def surrogate(budget: Budget, capacity: float = 400.0, **sent: Any) -> Surrogate:
     """Two edges of unlike speed. A unit of rank takes a byte, 16 bits take 72 bytes more than 4 bits, and no time."""
     edges = {}
     for name, speed in (("slow", 2.0), ("fast", 1.0)):
@@ -51,8 +51,19 @@ def surrogate(budget: Budget, capacity: float = 400.0) -> Surrogate:
         edges[name] = dataclasses.replace(one, edge=name)
     profiles = {"slow": Profile(compute_flops=1e9), "fast": Profile(compute_flops=2e9)}
     return Surrogate(
-        KEYS, list(edges.values()), dict.fromkeys(edges, SCORES), profiles, budget, lam=2.0, steps="filled", rank=16
-    )
+        KEYS, list(edges.values()), dict.fromkeys(edges, SCORES), profiles, budget, lam=2.0, steps="filled", rank=16,
+        **sent,
+    )  # fmt: skip
+
+
+def test_bytes_count_the_head_and_what_a_codec_makes_of_an_update() -> None:
+    """An update in half of the bytes: so are its factors and its head, not what the edge is sent."""
+    width = np.array([key.d_in + key.d_out for key in KEYS], float)
+    plain, coded = surrogate(Budget(100.0)), surrogate(Budget(100.0), upload=2 * width, whole=10)
+    plan = Allocation(16, 4, {key.name: 2 for key in KEYS})
+    down, up = 4 * 16 * width.sum(), 4 * 2 * width.sum()
+    assert plain.outcome([plain.plan("slow", plan)]).bytes_round == down + up
+    assert coded.outcome([coded.plan("slow", plan)]).bytes_round == pytest.approx(down + 40 + up / 2 + 20)
 
 
 def test_ranks_fall_with_importance() -> None:

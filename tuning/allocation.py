@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedpipe_ray import edge_plans
 from fedpipe_ray.config import to_yaml
+from fedpipe_ray.demands import upload_bytes
 from fedpipe_ray.display import Display
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import facts_of
@@ -116,7 +117,8 @@ def survey(
     with silent(FOLLOWS):
         state, server = asked_of_edges(run, method, make_fleet, display, partial(surveyed, method))
     edges = run.fleet.edges
-    shape, demands = method.shape(server), method.demands(state, edges, server)
+    given = dataclasses.replace(method, plans={})  # edges that are told what to do score no weights
+    shape, demands = method.shape(server), given.demands(state, edges, server)
     free = [one.edge for one in demands if math.isinf(one.capacity_bytes)]
     if options.memory_from_profiles and free:
         display.note(f"--memory-from-profiles: no limit of {named(free)}, without training_memory_bytes")
@@ -125,6 +127,7 @@ def survey(
     surrogate = Surrogate(
         shape.keys, demands, scores, edges, Budget(options.latency, options.bytes), lam=method.of("penalty"),
         steps=method.of("steps"), rank=method.rank, sent=DTYPES[run.wire.dtype].itemsize,
+        upload=upload_bytes(shape.keys, method.rank, run.wire), whole=shape.whole,
     )  # fmt: skip
     with silent(FOLLOWS):
         for share in DEADLINES:

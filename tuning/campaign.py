@@ -104,8 +104,8 @@ class Driver:
             self._carry_out(to_ask)
         except (Interrupted, KeyboardInterrupt):
             for one in self.running.values():
-                for trial in (one.trial, *one.followers):
-                    trial.set_user_attr(STOPPED, True)
+                for asked in (one.trial, *one.followers):
+                    asked.set_user_attr(STOPPED, True)
             raise
 
     def _carry_out(self, to_ask: int) -> None:

@@ -58,14 +58,17 @@ class Outcome:
 
 
 class Surrogate:
-    """The planner's problem of every edge, and the classes. down_bytes: what each edge is sent; sent: bytes a number.
+    """The planner's problem of every edge, and the classes.
 
-    scores: [keys] by edge. profiles: of all edges; those that agree in what a plan depends on are one class.
+    scores: [keys] by edge. profiles: of all edges; those that agree in what a plan depends on are one class. sent:
+    bytes a number on the wire; upload: [keys] bytes of a unit of rank in an update, where wire.codec changes them;
+    whole: numbers that travel both ways beside the adapter, a head's.
     """
 
     def __init__(
         self, keys: Sequence[Key], demands: Sequence[Demand], scores: Mapping[str, Array],
         profiles: Mapping[str, Profile], budget: Budget, *, lam: float, steps: str, rank: int, sent: int = 4,
+        upload: Array | None = None, whole: int = 0,
     ) -> None:  # fmt: skip
         self.keys, self.budget, self.lam, self.steps = keys, budget, lam, steps
         self.demands = {one.edge: one for one in demands}
@@ -74,7 +77,10 @@ class Surrogate:
             edge: Problem(keys, one, scores[edge], budget.seconds, lam, "log2") for edge, one in self.demands.items()
         }
         self._width = {key.name: key.d_in + key.d_out for key in keys}
-        self._down, self._sent = sent * rank * sum(self._width.values()), sent
+        width = np.array(list(self._width.values()), float)
+        up = sent * width if upload is None else upload
+        self._down, self._up = sent * (rank * width.sum() + whole), dict(zip(self._width, up.tolist(), strict=True))
+        self._head = whole * up.sum() / width.sum()
         self.classes = classes_of(profiles)
         self.density = {name: self._density(edges) for name, edges in self.classes.items()}
         depth = 1 + max(key.layer for key in keys)
@@ -169,7 +175,7 @@ class Surrogate:
 
     def outcome(self, plans: Sequence[EdgePlan]) -> Outcome:
         """What plans of some edges are worth, summed, and cost."""
-        up = [self._sent * sum(rank * self._width[name] for name, rank in plan.ranks.items()) for plan in plans]
+        up = [self._head + sum(rank * self._up[name] for name, rank in plan.ranks.items()) for plan in plans]
         misses = {
             "latency": max(plan.seconds for plan in plans) - self.budget.seconds,
             "memory": max(plan.memory_bytes - plan.capacity_bytes for plan in plans),
