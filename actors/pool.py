@@ -29,7 +29,7 @@ from fedpipe_ray.trial import Event, advanced, ended, kept_fleet, records_of
 from .claims import of_actors, withdraw_of
 from .connect import connect, disconnect, forking, without_gpus
 from .faults import fault_of
-from .placement import Node, unplaceable
+from .placement import Node, pools_of, unplaceable
 from .room import SAY_SECONDS
 from .workers import nodes_now
 
@@ -73,10 +73,11 @@ def ray_fleet(run: Run, method: Method) -> Fleet:
 class Seat:
     """A worker and what it has to do. ref: to wait for; handed_out: whether its round was, so that it may go on.
 
-    there: to wait for until it has its room, where an autoscaler may have to bring that.
+    there: to wait for until it has its room, where an autoscaler may have to bring that; run: that of its task.
     """
 
     actor: Any
+    run: Run | None = None
     there: Any = None
     task: int | None = None
     ref: Any = None
@@ -104,6 +105,7 @@ class TrialPool:
         self._autoscale, self._patience = like.fleet.autoscale, like.fleet.start_timeout_seconds
         self._room_at, self._said_at = time.monotonic(), time.monotonic()  # when a worker last had room, what was said
         self._ended: set[str] = set()  # coordinators, by actor id
+        self._said_full = False
         refusal = None if self._autoscale else self._refusal()
         if refusal:
             raise UserError(refusal)
@@ -157,12 +159,28 @@ class TrialPool:
             if seat.handed_out:
                 seat.ref, seat.handed_out = seat.actor.go_on.remote(seat.task), False
         idle = [seat for seat in self._seats if seat.task is None]
-        while self._queue and (idle or len(self._seats) < self._parallel):
+        while self._queue and (idle or len(self._seats) < self._parallel) and self._has_room(self._queue[0][1]):
             seat = idle.pop(0) if idle else self._start()
-            seat.task, run = self._queue.popleft()
-            seat.ref = seat.actor.begin.remote(seat.task, run)
+            seat.task, seat.run = self._queue.popleft()
+            seat.ref = seat.actor.begin.remote(seat.task, seat.run)
         for seat in idle:
             self._bury(seat)
+
+    def _has_room(self, run: Run) -> bool:
+        """Whether a run's own fleet fits beside those at work: its edges would wait for them, and be late."""
+        others = [seat.run for seat in self._seats if seat.task is not None and seat.run is not None]
+        if not (self._own_fleet and others) or self._autoscale:
+            return True
+        wanted = {
+            f"{at}/{pool.name}/{place}": pool.profile
+            for at, one in enumerate([run, *others]) for pool in pools_of(one.fleet) for place in range(pool.most)
+        }  # fmt: skip
+        if not unplaceable(wanted, nodes_now()):
+            return True
+        if not self._said_full:
+            log.info("parallel: %d: the cluster has room for the fleets of %d", self._parallel, len(others))
+        self._said_full = True
+        return False
 
     def _taken(self, seat: Seat) -> Event:
         """What a worker answered."""

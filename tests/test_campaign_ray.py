@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from campaigns_made import QUIET, plan_of
 from optuna.trial import TrialState
 
@@ -60,6 +61,22 @@ def test_workers_are_there_while_there_is_something_to_do(run_file: Path) -> Non
     assert executor.next(0) is None
     assert executor.workers == 0
     assert sorted(event.task for event in seen if event.kind == "round") == [0, 0, 1, 1, 2, 2]
+    executor.close()
+
+
+def test_fleets_that_do_not_fit_beside_one_another_take_turns(run_file: Path) -> None:
+    """One edge needs nearly all CPUs: the second trial has no coordinator until the first ended."""
+    plan = plan_of(run_file, set={"fleet.ray": True, "fleet.edges.a.cpus": ray.cluster_resources()["CPU"] - 0.5})
+    executor = TrialPool(plan.base, 2, own_fleet=True)
+    for task in range(2):
+        executor.submit(task, plan.base)
+    seen: list[tuple[int, str]] = []
+    while len(seen) < 6:
+        event = executor.next(60)
+        assert event is not None
+        assert executor.workers == 1
+        seen.append((event.task, event.kind))
+    assert seen == [(task, kind) for task in range(2) for kind in ("round", "round", "done")]
     executor.close()
 
 
