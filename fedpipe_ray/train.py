@@ -89,6 +89,8 @@ def train(
     Raises DivergedError on a loss or gradient that is not finite.
     """
     steps = steps_of(local, len(rows))
+    past = round * steps
+    warmed = past if warm is None else warm
     weights, (rank, ranks) = [p for p in model.parameters() if p.requires_grad], process_group()
     if ranks > 1:
         torch.manual_seed(torch.initial_seed() + rank)  # other rows, another dropout
@@ -100,8 +102,7 @@ def train(
         for step, drawn in enumerate(batches_of_like_length(rows, local.batch, steps, rng)):
             started = time.perf_counter()
             for group in optimizer.param_groups:
-                at = None if warm is None else warm + step
-                group["lr"] = learning_rate(local, round * steps + step, rounds * steps, at)
+                group["lr"] = learning_rate(local, past + step, rounds * steps, warmed + step)
             parts = np.array_split(drawn[rank::ranks], local.accumulate)  # strided: rows of a batch rise in length
             batches = [collate(rows, list(part), pad_id, classifier) for part in parts if len(part)]
             loss, terms, passed = backward(model, batches, objective, local.precision, device)
@@ -111,11 +112,7 @@ def train(
                 sum_gradients(weights)
             if correct is not None:
                 correct()
-            norm = torch.nn.utils.clip_grad_norm_(weights, local.clip)
-            if not (math.isfinite(loss) and bool(torch.isfinite(norm))):
-                raise DivergedError(
-                    f"loss {loss:.3g}, gradient norm {float(norm):.3g} in step {step + 1} of {steps}; lower local.lr"
-                )
+            clip_gradients(weights, local.clip, loss, f"step {step + 1} of {steps}")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total_loss, units, tokens = total_loss + loss * terms, units + int(terms), tokens + int(passed)
@@ -125,6 +122,13 @@ def train(
         model.eval()
         optimizer.zero_grad(set_to_none=True)
     return Trained(steps * local.batch, steps, tokens, total_loss / max(1, units), typical(seconds))
+
+
+def clip_gradients(weights: Sequence[torch.Tensor], norm: float, loss: float, where: str) -> None:
+    """Scales gradients down to an L2 norm. Raises DivergedError if it, or the loss, is not finite."""
+    found = torch.nn.utils.clip_grad_norm_(weights, norm)
+    if not (math.isfinite(loss) and bool(torch.isfinite(found))):
+        raise DivergedError(f"loss {loss:.3g}, gradient norm {float(found):.3g} in {where}; lower local.lr")
 
 
 def typical(seconds: Sequence[float]) -> float:

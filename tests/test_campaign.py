@@ -308,7 +308,7 @@ def test_the_live_table_shows_brackets_as_they_are(run_file: Path, tmp_path: Pat
     display = Display("live")
     display.console = Console(width=200, file=io.StringIO(), force_terminal=True, highlight=False, color_system=None)
     carry_out(plan, tmp_path, lambda: Curves(by_rate), display)
-    shown = display.console.file.getvalue()  # type: ignore[attr-defined]
+    shown = display.console.file.getvalue()
     assert f" data.prompt={prompt} local.lr=0.01" in shown  # running, and then as the best
 
 
