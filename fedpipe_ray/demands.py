@@ -200,17 +200,18 @@ class _OneRow:
 
 
 def demand_of(
-    edge: str, profile: Profile, shape: Shape, facts: Facts, *, rank: int, wire: Wire, bits: Sequence[int], batch: int,
-    depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int, accumulate: int = 1, probed: int = 0,
-    correction: float = 1.0, capacity_bytes: float = math.inf, limit_seconds: float = math.inf,
-    measured: Mapping[int, Calibration] = MappingProxyType({}), real: bool = False,
+    edge: str, profile: Profile, shape: Shape, facts: Facts, *, rank: int, wire: str, upload: np.ndarray[Any, Any],
+    bits: Sequence[int], batch: int, depths: Sequence[int | None], steps: int, min_steps: int, max_steps: int,
+    accumulate: int = 1, probed: int = 0, correction: float = 1.0, capacity_bytes: float = math.inf,
+    limit_seconds: float = math.inf, measured: Mapping[int, Calibration] = MappingProxyType({}), real: bool = False,
 ) -> Demand:  # fmt: skip
     """What `edge` may do. rank: of the global adapter, whose whole acts on the edge; batch: the largest.
 
-    accumulate: parts of a batch that are in memory one at a time. probed: steps of the largest batch beside the trained
-    ones. correction: measured over predicted memory of a round that ran out of it, at least 1. capacity_bytes: beside
-    the profile's. measured: calibrations by bits: where there is one, memory comes from it, and with `real` the seconds
-    of all bits. Neither leaves nothing to try.
+    wire: the dtype that travels; upload: [keys] what `upload_bytes` says, alike for all edges. accumulate: parts of a
+    batch that are in memory one at a time. probed: steps of the largest batch beside the trained ones. correction:
+    measured over predicted memory of a round that ran out of it, at least 1. capacity_bytes: beside the profile's.
+    measured: calibrations by bits: where there is one, memory comes from it, and with `real` the seconds of all bits.
+    Neither leaves nothing to try.
     """
     width = shape.width
     sizes = sorted({*[2**power for power in range(int(math.log2(batch)) + 1)], batch}, reverse=True)
@@ -229,12 +230,11 @@ def demand_of(
         replace(one, memory_bytes=correction * one.memory_bytes, memory_bytes_rank=correction * one.memory_bytes_rank)
         for one in choices
     ]
-    sent, up = DTYPES[wire.dtype].itemsize, upload_bytes(shape.keys, rank, wire)
-    head = shape.whole * up.sum() / width.sum()  # bytes of it on their way up
+    sent, head = DTYPES[wire].itemsize, shape.whole * upload.sum() / width.sum()  # bytes of it on their way up
     fixed = 2 * profile.latency_seconds + 8 * sent * (rank * float(width.sum()) + shape.whole) / profile.downlink_bps
     fixed += 8 * head / profile.uplink_bps + probed * choices[0].step_seconds
     return Demand(
-        edge, choices, capacity, fixed, 8 * up / profile.uplink_bps, facts.rows, steps, min_steps, max_steps, batch,
+        edge, choices, capacity, fixed, 8 * upload / profile.uplink_bps, facts.rows, steps, min_steps, max_steps, batch,
         rank, limit_seconds, shape.layers,
     )  # fmt: skip
 

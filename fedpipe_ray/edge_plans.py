@@ -11,7 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from . import beliefs, planning
-from .demands import demand_of
+from .demands import demand_of, upload_bytes
 from .errors import UserError
 from .facts import MEAN, Facts, calibrations_of, facts_of, protected, scores_of
 from .planning import Demand, EdgePlan
@@ -33,12 +33,12 @@ def demands(method: FedPipe, numbers: Numbers, edges: Mapping[str, Profile], ser
     shape, local = method.shape(server), server.run.local
     facts = facts_of(edges, numbers, server.run.data.max_length)
     depths: list[int | None] = [None, *([shape.layers // 2, shape.layers // 4] if method.depth else [])]
-    planned, found = planned_steps(local, facts), []
+    planned, upload, found = planned_steps(local, facts), upload_bytes(shape.keys, method.rank, server.run.wire), []
     for edge, profile in edges.items():
         floor = protected(planned[edge], facts[edge].share, len(edges))
         found.append(demand_of(
-            edge, profile, shape, facts[edge], rank=method.rank, wire=server.run.wire, batch=local.batch,
-            bits=beliefs.bits_of(edge, method.bits or [16, 8, 4], numbers),
+            edge, profile, shape, facts[edge], rank=method.rank, wire=server.run.wire.dtype, upload=upload,
+            batch=local.batch, bits=beliefs.bits_of(edge, method.bits or [16, 8, 4], numbers),
             depths=[d for d in depths if d != 0], steps=planned[edge], min_steps=floor,
             max_steps=max(floor, math.ceil(method.step_ratio * planned[edge])),
             measured=calibrations_of(edge, numbers), real=server.run.fleet.clock == "real",

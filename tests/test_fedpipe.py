@@ -15,7 +15,7 @@ from toys import llama
 
 from fedpipe_ray import lora
 from fedpipe_ray.attention import attention_of
-from fedpipe_ray.demands import base_bytes, demand_of
+from fedpipe_ray.demands import base_bytes, demand_of, upload_bytes
 from fedpipe_ray.errors import UserError
 from fedpipe_ray.facts import facts_of
 from fedpipe_ray.fleet import SerialFleet
@@ -225,8 +225,8 @@ def test_planned_seconds_are_those_that_the_clock_then_counts(run_file: Path, ra
     profile, cost = fleet.edges["a"], report.cost
     facts = facts_of({"a": profile}, {"a/tokens": cost.tokens / cost.samples}, server.run.data.max_length)["a"]
     (choice,) = demand_of(
-        "a", profile, method.shape(server), facts, rank=8, wire=Wire(), bits=[16], batch=1, depths=[None], steps=1,
-        min_steps=1, max_steps=1,
+        "a", profile, method.shape(server), facts, rank=8, wire="float32", upload=upload_bytes(keys, 8, Wire()),
+        bits=[16], batch=1, depths=[None], steps=1, min_steps=1, max_steps=1,
     ).choices  # fmt: skip
     counted = (choice.step_seconds + rank * choice.step_seconds_rank.sum()) * profile.compute_flops * cost.samples
     assert counted == pytest.approx(cost.flops, rel=0.02)  # the plan takes the first weight's input for trained too

@@ -192,7 +192,7 @@ class Problem:
         other, step = self.round_seconds(found)
         planned = int(self.planned[found.choice])
         least, most = (self.batches(n, of.batch) for n in (demand.min_steps, demand.max_steps))
-        least = min(least, max(1, int(min(least, (demand.limit_seconds - other) / step))))
+        least = max(1, int(min(least, (demand.limit_seconds - other) / step)))
         steps = count_steps(mode, planned, least, most, (self.deadline - other) / step)
         return EdgePlan(
             edge=demand.edge,
